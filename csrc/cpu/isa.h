@@ -1,0 +1,105 @@
+// The vectorised loops of every operator and the choice among their builds.
+//
+// loops.cpp is compiled once for each instruction set, with nothing of torch or the C++ library's templates in it, and
+// hands out a table of functions; isa.cpp picks the table for the machine when the library is loaded. Everything that
+// crosses this border is plain data.
+#pragma once
+
+#include <cstdint>
+
+namespace medkd {
+
+enum class Type : int32_t { float64, float32, bfloat16, float16, int64, int32, int16, int8, uint8, boolean };
+
+// A tensor [B, C, N] in any layout whose pixels lie at one stride: contiguous and channels_last among them.
+struct Planes {
+  void* data;
+  Type type;
+  int64_t stride_b, stride_c, stride_n;
+};
+
+// One spatial axis along which the student is upsampled (linear, align_corners=False): full[i] lies between
+// low[lower[i]] and low[lower[i] + 1] with weight upper_weight[i] for the latter.
+struct Axis {
+  int64_t full, low;
+  const int32_t* lower;        // [full]
+  const double* upper_weight;  // [full]
+};
+
+// The adjoint of the last axis as a gather: low[j] = sum over k of weight[k][j] * full[start[j] + k].
+struct Taps {
+  int64_t count;
+  const int32_t* start;   // [low]
+  const double* weight;   // [count, low]
+};
+
+constexpr int max_terms = 3;  // decoupled_kl: loss, target part, non-target part; class_kl: loss
+
+struct PixelLoss {
+  Planes student;   // [B, C, N], or [B, C, low pixels] when it is upsampled
+  Planes teacher;   // [B, C, N]
+  Planes gradient;  // like the student; data == nullptr: only the value is wanted
+  const void* target;  // [B, N] or nullptr
+  Type target_type;
+  const void* weight;  // [B, N] in the type of the arithmetic, or nullptr
+  void* per_pixel[max_terms];  // [B, N] each, in the type of the arithmetic, or nullptr
+  double target_weight, nontarget_weight, temperature;
+  int64_t ignore_index, images, classes, pixels;
+  // Upsampling only. Lines run along the last axis; a line has index z * H + y.
+  bool upsampled;
+  Axis z, y, x;
+  Taps taps;
+};
+
+struct PixelSums {
+  double term[max_terms];
+  double denominator;      // sum of the valid pixels' weights
+  int64_t bad_label;       // a label outside [0, C) that is not ignore_index
+  bool has_bad_label;
+};
+
+// A range of pixels of one image.
+struct PixelRange {
+  int64_t image, begin, end;
+};
+
+// A range of full-resolution indices along the slab axis (z in 3-D, y in 2-D) and the low-resolution lines it touches.
+struct Slab {
+  int64_t image, begin, end, low_begin, low_end;
+  void* gradient;  // [low lines, C, low x] in the type of the arithmetic; nullptr: only the value is wanted
+};
+
+struct PixelLoops {
+  void (*range)(const PixelLoss&, const PixelRange&, PixelSums&);
+  void (*slab)(const PixelLoss&, const Slab&, PixelSums&);
+};
+
+template <typename A>
+struct Loops {
+  PixelLoops decoupled_kl, class_kl;
+  // x[image, :, first + p] = in[:, p]
+  void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
+  // x[k] *= factor over `count` elements in memory order
+  void (*scale)(void* x, Type type, int64_t count, A factor);
+};
+
+struct LoopTable {
+  const char* name;
+  Loops<float> single;
+  Loops<double> twice;
+};
+
+const LoopTable& loop_table();
+
+template <typename A>
+const Loops<A>& loops();
+template <>
+inline const Loops<float>& loops<float>() {
+  return loop_table().single;
+}
+template <>
+inline const Loops<double>& loops<double>() {
+  return loop_table().twice;
+}
+
+}  // namespace medkd

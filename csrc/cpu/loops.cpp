@@ -1,0 +1,22 @@
+// The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
+#include "class_kl.h"
+#include "decoupled_kl.h"
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+#define MEDKD_STRING(x) #x
+#define MEDKD_NAME(x) MEDKD_STRING(x)
+
+template <typename A>
+constexpr Loops<A> loops_of() {
+  return {pixel_loops<DecoupledKL, A>(), pixel_loops<ClassKL, A>(), store_line<A>, scale<A>};
+}
+
+const LoopTable& table() {
+  static constexpr LoopTable loops = {MEDKD_NAME(MEDKD_ISA), loops_of<float>(), loops_of<double>()};
+  return loops;
+}
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd

@@ -1,0 +1,228 @@
+// Runs the loops of a per-pixel loss over the threads: blocks of a size that does not depend on their number, one slot
+// of partial sums a block, added up in the order of the blocks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "tensor.h"
+
+namespace medkd {
+
+struct AxisTables {
+  std::vector<int32_t> lower;
+  std::vector<double> upper_weight;
+
+  AxisTables(int64_t full, int64_t low) : lower(full), upper_weight(full) {
+    const double ratio = static_cast<double>(low) / static_cast<double>(full);
+    for (int64_t i = 0; i < full; ++i) {
+      const double source = std::max((static_cast<double>(i) + 0.5) * ratio - 0.5, 0.0);
+      const int64_t below = std::min(static_cast<int64_t>(source), low - 1);
+      lower[i] = static_cast<int32_t>(below);
+      upper_weight[i] = below == low - 1 ? 0.0 : source - static_cast<double>(below);
+    }
+  }
+
+  Axis axis(int64_t low) const { return {static_cast<int64_t>(lower.size()), low, lower.data(), upper_weight.data()}; }
+};
+
+struct TapTables {
+  int64_t count = 1;
+  std::vector<int32_t> start;
+  std::vector<double> weight;
+
+  TapTables(const AxisTables& axis, int64_t low) : start(low, 0) {
+    const int64_t full = static_cast<int64_t>(axis.lower.size());
+    std::vector<int32_t> first(low, -1), last(low, -1);
+    for (int64_t i = 0; i < full; ++i)
+      for (int64_t j = axis.lower[i]; j <= axis.lower[i] + (axis.upper_weight[i] > 0 ? 1 : 0); ++j) {
+        if (first[j] < 0) first[j] = static_cast<int32_t>(i);
+        last[j] = static_cast<int32_t>(i);
+      }
+    for (int64_t j = 0; j < low; ++j)
+      if (first[j] >= 0) count = std::max<int64_t>(count, last[j] - first[j] + 1);
+    weight.assign(count * low, 0.0);
+    for (int64_t j = 0; j < low; ++j)
+      start[j] = static_cast<int32_t>(std::min<int64_t>(std::max(first[j], 0), full - count));
+    for (int64_t i = 0; i < full; ++i) {
+      const int64_t j = axis.lower[i];
+      weight[(i - start[j]) * low + j] += 1 - axis.upper_weight[i];
+      if (axis.upper_weight[i] > 0) weight[(i - start[j + 1]) * low + j + 1] += axis.upper_weight[i];
+    }
+  }
+};
+
+struct PixelLossResult {
+  double term[max_terms] = {};
+  double denominator = 0;
+};
+
+inline void check_labels(const char* name, const std::vector<PixelSums>& sums, const PixelLoss& loss) {
+  for (const PixelSums& block : sums)
+    if (block.has_bad_label)
+      throw std::runtime_error(std::string(name) + ": target holds the label " + std::to_string(block.bad_label) +
+                               ", want 0 to " + std::to_string(loss.classes - 1) + " or ignore_index (" +
+                               std::to_string(loss.ignore_index) +
+                               "); remap the labels, or pass the value to leave out as ignore_index");
+}
+
+inline PixelLossResult add_up(const std::vector<PixelSums>& sums) {
+  PixelLossResult result;
+  for (const PixelSums& block : sums) {
+    for (int term = 0; term < max_terms; ++term) result.term[term] += block.term[term];
+    result.denominator += block.denominator;
+  }
+  return result;
+}
+
+inline PixelLossResult run_ranges(const char* name, const PixelLoss& loss, const PixelLoops& loops) {
+  const int64_t block = std::max<int64_t>(32768 / loss.classes / 256 * 256, 256);
+  const int64_t blocks = (loss.pixels + block - 1) / block;
+  auto sums = slots<PixelSums>(loss.images * blocks);
+  torch::stable::parallel_for(0, loss.images * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % blocks * block;
+      loops.range(loss, {i / blocks, first, std::min(first + block, loss.pixels)}, sums[i]);
+    }
+  });
+  check_labels(name, sums, loss);
+  return add_up(sums);
+}
+
+template <typename A>
+PixelLossResult run_slabs(const char* name, PixelLoss& loss, const PixelLoops& loops, const Tensor& student,
+                          const Tensor& teacher) {
+  // a 2-D image is a 3-D one of depth 1, a line a 2-D one of height 1
+  auto extent = [](const Tensor& x, int64_t from_last) {
+    return x.dim() - 1 - from_last >= 2 ? x.size(x.dim() - 1 - from_last) : 1;
+  };
+  const int64_t low_x = extent(student, 0), low_y = extent(student, 1), low_z = extent(student, 2);
+  const AxisTables x(extent(teacher, 0), low_x), y(extent(teacher, 1), low_y), z(extent(teacher, 2), low_z);
+  const TapTables taps(x, low_x);
+  loss.x = x.axis(low_x);
+  loss.y = y.axis(low_y);
+  loss.z = z.axis(low_z);
+  loss.taps = {taps.count, taps.start.data(), taps.weight.data()};
+
+  // slabs along the outermost axis; each holds the gradient of the low-resolution lines that it touches
+  const bool volume = loss.z.full > 1;
+  const Axis& outer = volume ? loss.z : loss.y;
+  const int64_t full_lines = volume ? loss.y.full : 1, low_lines = volume ? loss.y.low : 1;
+  const int64_t wanted = std::clamp<int64_t>(64 / std::max<int64_t>(loss.images, 1), 1, (outer.low + 3) / 4);
+  const int64_t thickness = (outer.full + wanted - 1) / wanted;
+  const int64_t count = (outer.full + thickness - 1) / thickness;
+  const bool want_gradient = loss.gradient.data != nullptr;
+  const int64_t line_size = loss.classes * low_x;
+
+  std::vector<Slab> slabs;
+  int64_t gradient_lines = 0;
+  for (int64_t image = 0; image < loss.images; ++image)
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t begin = s * thickness, end = std::min(begin + thickness, outer.full);
+      const int64_t low_begin = outer.lower[begin] * low_lines;
+      const int64_t low_end = std::min<int64_t>(outer.lower[end - 1] + 2, outer.low) * low_lines;
+      slabs.push_back({image, begin * full_lines, end * full_lines, low_begin, low_end, nullptr});
+      gradient_lines += low_end - low_begin;
+    }
+  auto partial = slots<A>(want_gradient ? gradient_lines * line_size : 0);
+  int64_t offset = 0;
+  for (Slab& slab : slabs) {
+    slab.gradient = want_gradient ? partial.data() + offset : nullptr;
+    offset += (slab.low_end - slab.low_begin) * line_size;
+  }
+  auto sums = slots<PixelSums>(static_cast<int64_t>(slabs.size()));
+  torch::stable::parallel_for(0, static_cast<int64_t>(slabs.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) loops.slab(loss, slabs[i], sums[i]);
+  });
+  check_labels(name, sums, loss);
+  if (want_gradient) {
+    const int64_t lines = loss.z.low * loss.y.low;
+    torch::stable::parallel_for(0, loss.images * lines, 16, [&](int64_t begin, int64_t end) {
+      auto total = slots<A>(line_size);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = i / lines, line = i % lines;
+        std::fill(total.begin(), total.end(), A(0));
+        for (int64_t s = image * count; s < (image + 1) * count; ++s) {
+          if (line < slabs[s].low_begin || line >= slabs[s].low_end) continue;
+          const A* from = static_cast<const A*>(slabs[s].gradient) + (line - slabs[s].low_begin) * line_size;
+          for (int64_t k = 0; k < line_size; ++k) total[k] += from[k];
+        }
+        medkd::loops<A>().store_line(loss.gradient, image, line * low_x, loss.classes, low_x, total.data());
+      }
+    });
+  }
+  return add_up(sums);
+}
+
+struct PixelLossOutputs {
+  std::vector<Tensor> term;  // [] or [B, *S]
+  Tensor scale, gradient;
+};
+
+struct PixelLossSettings {
+  const char* name;
+  int terms;
+  double target_weight, nontarget_weight, temperature;
+  int64_t ignore_index;
+};
+
+template <typename A>
+PixelLossOutputs run_pixel_loss(const PixelLossSettings& settings, const PixelLoops& loops, const Tensor& student,
+                                const Tensor& teacher, const std::optional<Tensor>& target,
+                                const std::optional<Tensor>& weight, const std::string& reduction,
+                                bool need_gradient) {
+  std::vector<Tensor> holder;
+  holder.reserve(3);
+  PixelLoss loss{};
+  loss.images = teacher.size(0);
+  loss.classes = teacher.size(1);
+  loss.pixels = pixels_of(teacher);
+  loss.student = planes_of(student, holder);
+  loss.teacher = planes_of(teacher, holder);
+  Tensor gradient = need_gradient ? torch::stable::empty_like(student) : new_like(student, {0}, student.scalar_type());
+  if (need_gradient) loss.gradient = planes_of(gradient, holder);
+  loss.target = target ? target->data_ptr() : nullptr;
+  if (target) loss.target_type = type_of(*target);
+  loss.weight = weight ? weight->data_ptr() : nullptr;
+  loss.target_weight = settings.target_weight;
+  loss.nontarget_weight = settings.nontarget_weight;
+  loss.temperature = settings.temperature;
+  loss.ignore_index = settings.ignore_index;
+
+  const ScalarType type = arithmetic_type(student, teacher);
+  PixelLossOutputs outputs;
+  outputs.gradient = gradient;
+  if (reduction == "none") {
+    std::vector<int64_t> size = {loss.images};
+    for (int64_t d = 2; d < teacher.dim(); ++d) size.push_back(teacher.size(d));
+    for (int term = 0; term < settings.terms; ++term) {
+      outputs.term.push_back(new_like(student, size, type));
+      loss.per_pixel[term] = outputs.term.back().data_ptr();
+    }
+  }
+
+  for (int64_t d = 2; d < teacher.dim(); ++d) loss.upsampled |= student.size(d) != teacher.size(d);
+  const PixelLossResult result = loss.upsampled && loss.images * loss.pixels > 0
+                                     ? run_slabs<A>(settings.name, loss, loops, student, teacher)
+                                     : run_ranges(settings.name, loss, loops);
+  const double scale = reduction != "mean" ? 1.0 : result.denominator != 0 ? 1.0 / result.denominator : 0.0;
+  outputs.scale = scalar<A>(student, scale, type);
+  if (reduction != "none")
+    for (int term = 0; term < settings.terms; ++term)
+      outputs.term.push_back(scalar<A>(student, scale == 0 ? 0.0 : result.term[term] * scale, type));
+  return outputs;
+}
+
+// The arithmetic's type chosen from the inputs'.
+inline PixelLossOutputs pixel_loss(const PixelLossSettings& settings, PixelLoops Loops<float>::*single,
+                                   PixelLoops Loops<double>::*twice, const Tensor& student, const Tensor& teacher,
+                                   const std::optional<Tensor>& target, const std::optional<Tensor>& weight,
+                                   const std::string& reduction, bool need_gradient) {
+  if (arithmetic_type(student, teacher) == ScalarType::Double)
+    return run_pixel_loss<double>(settings, loops<double>().*twice, student, teacher, target, weight, reduction,
+                                  need_gradient);
+  return run_pixel_loss<float>(settings, loops<float>().*single, student, teacher, target, weight, reduction,
+                               need_gradient);
+}
+
+}  // namespace medkd

@@ -1,0 +1,165 @@
+// Moves tiles of pixels between tensors of any type and layout and scratch memory of the arithmetic's type.
+// A tile is [C, ld]: one row a class, pixels side by side.
+#pragma once
+
+#include "../math/elementary.h"
+#include "isa.h"
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+MEDKD_INLINE float widen(float x) { return x; }
+MEDKD_INLINE double widen(double x) { return x; }
+MEDKD_INLINE float widen(BFloat16 x) { return float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16)); }
+MEDKD_INLINE float widen(Float16 x) {
+  const int32_t magnitude = (x.bits & 0x7fff) << 13;
+  const int32_t sign = (x.bits & 0x8000) << 16;
+  const float finite = float_from_bits(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
+  const int32_t special = magnitude | 0x7f800000;                           // infinity and NaN
+  const int32_t bits = (x.bits & 0x7c00) == 0x7c00 ? special : bits_from_float(finite);
+  return float_from_bits(bits | sign);
+}
+
+MEDKD_INLINE void narrow(float x, float& out) { out = x; }
+MEDKD_INLINE void narrow(float x, double& out) { out = x; }
+MEDKD_INLINE void narrow(double x, double& out) { out = x; }
+MEDKD_INLINE void narrow(double x, float& out) { out = static_cast<float>(x); }
+MEDKD_INLINE void narrow(float x, BFloat16& out) {  // to nearest, ties to even
+  const uint32_t bits = static_cast<uint32_t>(bits_from_float(x));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+MEDKD_INLINE void narrow(float x, Float16& out) {  // to nearest, ties to even
+  const uint32_t bits = static_cast<uint32_t>(bits_from_float(x));
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias and round on the dropped 13 bits. Subnormal ones: adding 0.5 aligns the last bit with 2^-24.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const float aligned = float_from_bits(static_cast<int32_t>(magnitude)) + 0.5f;
+  const uint32_t subnormal = static_cast<uint32_t>(bits_from_float(aligned)) - 0x3f000000u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  out.bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
+}
+MEDKD_INLINE void narrow(double x, BFloat16& out) { narrow(static_cast<float>(x), out); }
+MEDKD_INLINE void narrow(double x, Float16& out) { narrow(static_cast<float>(x), out); }
+
+template <typename T, typename A>
+inline void load_tile_as(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t ld,
+                         A scale, A* out) {
+  const T* base = static_cast<const T*>(x.data) + image * x.stride_b + first * x.stride_n;
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* row = base + c * x.stride_c;
+    A* tile = out + c * ld;
+    if (x.stride_n == 1) {
+      for (int64_t p = 0; p < length; ++p) tile[p] = static_cast<A>(widen(row[p])) * scale;
+    } else {
+      const int64_t stride = x.stride_n;
+      for (int64_t p = 0; p < length; ++p) tile[p] = static_cast<A>(widen(row[p * stride])) * scale;
+    }
+  }
+}
+
+// out[c, p] = scale * x[image, c, first + p]; pixels in [length, padded) become 0.
+template <typename A>
+inline void load_tile(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t padded,
+                      int64_t ld, A scale, A* out) {
+  switch (x.type) {
+    case Type::float64: load_tile_as<double>(x, image, first, channels, length, ld, scale, out); break;
+    case Type::bfloat16: load_tile_as<BFloat16>(x, image, first, channels, length, ld, scale, out); break;
+    case Type::float16: load_tile_as<Float16>(x, image, first, channels, length, ld, scale, out); break;
+    default: load_tile_as<float>(x, image, first, channels, length, ld, scale, out);
+  }
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t p = length; p < padded; ++p) out[c * ld + p] = A(0);
+}
+
+template <typename T, typename A>
+inline void store_tile_as(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t ld,
+                          const A* in) {
+  T* base = static_cast<T*>(x.data) + image * x.stride_b + first * x.stride_n;
+  for (int64_t c = 0; c < channels; ++c) {
+    T* row = base + c * x.stride_c;
+    const A* tile = in + c * ld;
+    if (x.stride_n == 1) {
+      for (int64_t p = 0; p < length; ++p) narrow(tile[p], row[p]);
+    } else {
+      const int64_t stride = x.stride_n;
+      for (int64_t p = 0; p < length; ++p) narrow(tile[p], row[p * stride]);
+    }
+  }
+}
+
+// x[image, c, first + p] = in[c, p]
+template <typename A>
+inline void store_tile(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t ld,
+                       const A* in) {
+  switch (x.type) {
+    case Type::float64: store_tile_as<double>(x, image, first, channels, length, ld, in); break;
+    case Type::bfloat16: store_tile_as<BFloat16>(x, image, first, channels, length, ld, in); break;
+    case Type::float16: store_tile_as<Float16>(x, image, first, channels, length, ld, in); break;
+    default: store_tile_as<float>(x, image, first, channels, length, ld, in);
+  }
+}
+
+template <typename A>
+inline void store_line(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in) {
+  store_tile(x, image, first, channels, length, length, in);
+}
+
+template <typename T, typename A>
+inline void scale_as(void* x, int64_t count, A factor) {
+  T* values = static_cast<T*>(x);
+  for (int64_t k = 0; k < count; ++k) narrow(static_cast<A>(widen(values[k])) * factor, values[k]);
+}
+
+// x[k] *= factor
+template <typename A>
+inline void scale(void* x, Type type, int64_t count, A factor) {
+  switch (type) {
+    case Type::float64: scale_as<double>(x, count, factor); break;
+    case Type::bfloat16: scale_as<BFloat16>(x, count, factor); break;
+    case Type::float16: scale_as<Float16>(x, count, factor); break;
+    default: scale_as<float>(x, count, factor);
+  }
+}
+
+// Scratch memory for one call, aligned to a cache line. (No C++ library container: see isa.h.)
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(__builtin_malloc(static_cast<std::size_t>(count) * sizeof(T) + 64))) {
+    if (data_ == nullptr) __builtin_abort();
+  }
+  ~Scratch() { __builtin_free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(data_) + 63) & ~uintptr_t{63}); }
+
+ private:
+  T* data_;
+};
+
+MEDKD_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Sum of a padded row in a fixed order: 16 interleaved partial sums in double.
+template <typename A>
+MEDKD_INLINE double sum_row(const A* row, int64_t padded) {
+  double lane[16] = {};
+  for (int64_t p = 0; p < padded; p += 16)
+    for (int64_t j = 0; j < 16; ++j) lane[j] += static_cast<double>(row[p + j]);
+  double sum = 0;
+  for (int64_t j = 0; j < 16; ++j) sum += lane[j];
+  return sum;
+}
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd

@@ -1,0 +1,69 @@
+// The mathematics of one pixel of the decoupled KL divergence (derivation: medkd_fast/reference/decoupled_kl.py).
+//
+// Logits arrive divided by the temperature and shifted by their own maximum over the non-target classes, so every
+// exponential is at most 1. Student is _s, teacher is _t.
+#pragma once
+
+#include "elementary.h"
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+// One class's contribution e_t (x_t - x_s) to the numerator of KL(teacher, student). A class that the teacher does not
+// have contributes 0; one that the teacher has and the student has not makes the divergence infinite.
+template <typename A>
+MEDKD_INLINE A weighted_difference(A e_t, A x_t, A x_s) {
+  const A difference = x_t == -infinity<A>() ? A(0) : x_t - x_s;
+  return difference == infinity<A>() ? difference : e_t * difference;
+}
+
+// KL(teacher, student) over a set of classes from the two sums of exponentials and the summed weighted differences.
+// No class in the set: 0.
+template <typename A>
+MEDKD_INLINE A divergence(A sum_s, A sum_t, A weighted) {
+  const A sum = log_nonnegative(sum_s / sum_t) + weighted / sum_t;
+  const A finite = weighted == infinity<A>() ? weighted : sum;
+  return sum_t == A(0) ? A(0) : finite;
+}
+
+template <typename A>
+struct TargetTerm {
+  A value;     // KL between the Bernoulli distributions {target, not target}
+  A gradient;  // with respect to the student's log-odds: b_s - b_t
+};
+
+// d = logit of the target minus logsumexp of the others. The divergence does not change when both signs flip; with the
+// teacher's made non-positive, both its probability and the logarithms keep their relative accuracy in saturation.
+template <typename A>
+MEDKD_INLINE TargetTerm<A> target_term(A d_s, A d_t) {
+  const bool flip = d_t > A(0);
+  const A s = flip ? -d_s : d_s;
+  const A t = flip ? -d_t : d_t;
+  const A e_s = exp_nonpositive(-absolute(s));
+  const A e_t = exp_nonpositive(t);
+  const A b_t = e_t / (A(1) + e_t);
+  const A linear = s > A(0) ? (A(1) - b_t) * s + (b_t > A(0) ? b_t * t : A(0)) : (b_t > A(0) ? -b_t * (s - t) : A(0));
+  const A b_s = (s > A(0) ? A(1) : e_s) / (A(1) + e_s);
+  const A gradient = b_s - b_t;
+  return {linear + (log1p_unit(e_s) - log1p_unit(e_t)), flip ? -gradient : gradient};
+}
+
+template <typename A>
+struct Coefficients {
+  A target;   // gradient of the target's logit
+  A student;  // gradient of another class's logit: student * e_s + teacher * e_t
+  A teacher;
+};
+
+// `scale` is the pixel's weight times the temperature (temperature^2 of the loss over temperature of the chain rule).
+template <typename A>
+MEDKD_INLINE Coefficients<A> decoupled_coefficients(A sum_s, A sum_t, A target_gradient, A target_weight,
+                                                    A nontarget_weight, A scale) {
+  const A inverse_s = sum_s > A(0) ? scale / sum_s : A(0);
+  const A inverse_t = sum_t > A(0) ? scale / sum_t : A(0);
+  return {scale * target_weight * target_gradient,
+          (nontarget_weight - target_weight * target_gradient) * inverse_s, -nontarget_weight * inverse_t};
+}
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd

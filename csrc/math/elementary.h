@@ -1,0 +1,117 @@
+// Elementary functions that the per-pixel mathematics is written with, for host and device.
+//
+// The host versions for float are branch-free polynomials, so that a loop over pixels vectorises without
+// -ffast-math; infinities and NaN keep their meaning. On the device and for double they are the library's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define MEDKD_INLINE __host__ __device__ __forceinline__
+#else
+#define MEDKD_INLINE inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define MEDKD_DEVICE_CODE 1
+#else
+#define MEDKD_DEVICE_CODE 0
+#endif
+
+// The CPU loops are compiled once for every instruction set, each in a namespace of its own: an inline function
+// shared between them could be linked in a version that the machine does not have.
+#if !defined(MEDKD_ISA)
+#define MEDKD_ISA portable
+#endif
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+template <typename T>
+MEDKD_INLINE T infinity() {
+  return static_cast<T>(__builtin_huge_val());
+}
+
+MEDKD_INLINE float absolute(float x) { return x < 0 ? -x : x; }
+MEDKD_INLINE double absolute(double x) { return x < 0 ? -x : x; }
+
+#if !MEDKD_DEVICE_CODE
+MEDKD_INLINE float float_from_bits(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+MEDKD_INLINE int32_t bits_from_float(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+#endif
+
+// e^x for x <= 0 (shifted logits). Values below 2^-126 are 0. Error below 1.5 ulp.
+MEDKD_INLINE float exp_nonpositive(float x) {
+#if MEDKD_DEVICE_CODE
+  return expf(x);
+#else
+  // x = k ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const float shifter = 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + shifter;
+  const float k = shifted - shifter;
+  float r = x - k * 0.693145751953125f;
+  r = r - k * 1.42860682030941723e-6f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const uint32_t exponent = static_cast<uint32_t>(bits_from_float(shifted)) + 127u;
+  const float scaled = p * float_from_bits(static_cast<int32_t>(exponent << 23));
+  return x < -87.3f ? 0.0f : scaled;
+#endif
+}
+MEDKD_INLINE double exp_nonpositive(double x) { return exp(x); }
+
+// log x for x >= 0: log 0 is -infinity, log infinity is infinity. Subnormal x counts as the smallest normal number.
+MEDKD_INLINE float log_nonnegative(float x) {
+#if MEDKD_DEVICE_CODE
+  return logf(x);
+#else
+  // x = 2^k m with m in [sqrt 1/2, sqrt 2); log m = 2 artanh(z), z = f / (2 + f), f = m - 1.
+  const float normal = x < 1.17549435e-38f ? 1.17549435e-38f : x;
+  const int32_t bits = bits_from_float(normal);
+  const int32_t offset = bits - 0x3f3504f3;
+  const float k = static_cast<float>(offset >> 23);
+  const float f = float_from_bits((offset & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  const float z = f / (2.0f + f);
+  const float zz = z * z;
+  // 2 artanh(z) = f - z (f - R), R = zz (2/3 + 2/5 zz + 2/7 zz^2 + ...), so that a small f loses nothing.
+  float series = 0.2222222222f;
+  series = series * zz + 0.2857142857f;
+  series = series * zz + 0.4f;
+  series = series * zz + 0.6666666667f;
+  const float log_m = f - z * (f - series * zz);
+  float result = k * 0.693145751953125f + (k * 1.42860682030941723e-6f + log_m);
+  result = x == 0.0f ? -infinity<float>() : result;
+  return x < infinity<float>() ? result : x;  // infinity and NaN are their own logarithms
+#endif
+}
+MEDKD_INLINE double log_nonnegative(double x) { return log(x); }
+
+// log(1 + x) for x in [0, 1].
+MEDKD_INLINE float log1p_unit(float x) {
+#if MEDKD_DEVICE_CODE
+  return log1pf(x);
+#else
+  const float u = 1.0f + x;
+  return log_nonnegative(u) + (x - (u - 1.0f)) / u;  // what rounding 1 + x lost, to first order
+#endif
+}
+MEDKD_INLINE double log1p_unit(double x) { return log1p(x); }
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd

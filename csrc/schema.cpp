@@ -1,0 +1,17 @@
+// The list of what exists. Every backend has its own operator name, because two of them can share one device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(medkd_fast, m) {
+  // Outputs: loss, its parts, 1 / denominator (or 1), and the gradient of the loss times the denominator.
+  m.def(
+      "decoupled_kl_cpp(Tensor student, Tensor teacher, Tensor target, Tensor? weight, float target_weight, "
+      "float nontarget_weight, float temperature, int ignore_index, str reduction, bool need_gradient) "
+      "-> (Tensor loss, Tensor target_term, Tensor nontarget_term, Tensor scale, Tensor gradient)");
+  m.def(
+      "class_kl_cpp(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+      "int ignore_index, str reduction, bool need_gradient) -> (Tensor loss, Tensor scale, Tensor gradient)");
+  // gradient *= upstream * scale, in place, in the type of the arithmetic.
+  m.def("scale_gradient_cpp(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()");
+  // The instruction set that the CPU loops were chosen for.
+  m.def("instruction_set() -> str");
+}

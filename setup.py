@@ -1,0 +1,134 @@
+"""Builds the native library beside the Python package.
+
+`medkd_fast/_cpu.so` uses nothing but libtorch's stable ABI and is loaded with `torch.ops.load_library`, so one wheel
+serves every Python >= 3.10 and torch >= 2.10. Where there is no C++ compiler the package installs without it, and
+`medkd-fast doctor` says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+try:
+    import torch
+except ImportError:
+    sys.exit(
+        "medkd_fast: torch is needed to build and is not in this environment. Install it first and build without "
+        'isolation:\n    pip install torch\n    pip install --no-build-isolation "."'
+    )
+
+INCLUDES = ["-isystem", str(Path(torch.__file__).parent / "include")]
+TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Stable-ABI declarations of torch 2.10, the oldest version that the library runs with.
+TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+# Loops keep infinities and NaN; they only promise not to look at errno and floating-point traps.
+LOOP_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+INSTRUCTION_SETS = {"portable": []}
+if X86:
+    INSTRUCTION_SETS["avx2"] = ["-march=x86-64-v3"]
+    INSTRUCTION_SETS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+
+
+class BuildError(Exception):
+    """The native library cannot be built on this machine."""
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); on Debian: apt-get install g++")
+
+
+def compile_objects(jobs: list[tuple[Path, list[str]]], directory: Path) -> list[Path]:
+    """Compiles (source, flags) pairs. An object is named after the content of what made it, and is made once."""
+    headers = b"".join(path.read_bytes() for path in sorted(ROOT.glob("csrc/**/*.h")))
+
+    def one(job: tuple[Path, list[str]]) -> Path:
+        source, flags = job
+        command = [*compiler().split(), *FLAGS, *flags]
+        key = hashlib.sha256(headers + source.read_bytes() + " ".join([torch.__version__, *command]).encode()).hexdigest()
+        target = directory / f"{source.stem}-{key[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.o")
+            sys.stderr.write(run([*command, "-c", str(source), "-o", str(partial)]))
+            os.replace(partial, target)
+        return target
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, jobs))
+
+
+def build_cpu(target: Path, directory: Path) -> str:
+    sources = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.stem not in ("loops", "isa")]
+    isa = ["-DMEDKD_X86"] if X86 else []
+    jobs = [(ROOT / "csrc/cpu/loops.cpp", [*LOOP_FLAGS, f"-DMEDKD_ISA={name}", *flags]) for name, flags in INSTRUCTION_SETS.items()]
+    jobs += [(path, [*INCLUDES, *TORCH_FLAGS]) for path in [ROOT / "csrc/schema.cpp", *sources]]
+    jobs += [(ROOT / "csrc/cpu/isa.cpp", isa)]
+    objects = compile_objects(jobs, directory)
+    link = [*compiler().split(), "-shared", "-o", str(target), *map(str, objects)]
+    link += [f"-L{TORCH_LIBRARIES}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    run(link)
+    return f"built with {run([*compiler().split(), '--version']).splitlines()[0]} against torch {torch.__version__}"
+
+
+class BuildNative(build_ext):
+    """Makes medkd_fast/_cpu.so, and medkd_fast/_build.json, which says how or why not."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def run(self) -> None:
+        package = ROOT / "medkd_fast" if self.inplace else Path(self.build_lib) / "medkd_fast"
+        package.mkdir(parents=True, exist_ok=True)
+        target = package / "_cpu.so"
+        try:
+            partial = package / "_cpu.so.partial"
+            report = {"cpu": build_cpu(partial, ROOT / "build" / "objects")}
+            os.replace(partial, target)
+        except BuildError as error:
+            if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX"):
+                sys.exit(f"medkd_fast: the native library did not compile:\n{error}")
+            target.unlink(missing_ok=True)
+            report = {"cpu": f"not built: {error}"}
+        if report["cpu"].startswith("not built"):
+            print(f"warning: medkd_fast: {report['cpu']}. The slower reference backend will serve.", file=sys.stderr)
+        (package / "_build.json").write_text(json.dumps(report))
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in (Path(self.build_lib) / "medkd_fast").glob("_cpu.so")]
+
+
+class PythonAgnosticWheel(bdist_wheel):
+    """The library does not know Python's ABI: the wheel is py3-none-<platform>."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+native = [] if os.environ.get("MEDKD_FAST_NO_EXT") == "1" else [Extension("medkd_fast._cpu", sources=[])]
+setup(ext_modules=native, cmdclass={"build_ext": BuildNative, "bdist_wheel": PythonAgnosticWheel})
