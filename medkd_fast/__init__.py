@@ -1,0 +1,13 @@
+"""Fused knowledge-distillation losses for medical image segmentation."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from medkd_fast.backend import set_backend, use_backend
+from medkd_fast.functional import DecoupledKL, class_kl, decoupled_kl
+
+try:
+    __version__ = version("medkd_fast")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = ["DecoupledKL", "class_kl", "decoupled_kl", "set_backend", "use_backend"]

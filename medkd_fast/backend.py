@@ -1,0 +1,145 @@
+"""Which implementation of an operator runs, and why.
+
+`auto` takes the fastest implementation that exists for the tensor's device; what is missing falls back to `reference`,
+plain PyTorch, with one warning that says why. `MEDKD_FAST_BACKEND`, `set_backend` and `use_backend` force one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+#: Names that `set_backend` takes.
+BACKENDS = ("auto", "cpp", "reference")
+#: Operators and, fastest first, the fused backends that have them by device type. (CPU: one backend, nothing to measure.)
+OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "decoupled_kl": {"cpu": ("cpp",)},
+    "class_kl": {"cpu": ("cpp",)},
+    "channel_relation": {"cpu": ("cpp",)},
+    "pixel_relation": {"cpu": ("cpp",)},
+}
+
+
+def _load() -> str:
+    """Loads the native library. Returns why it could not, or an empty string."""
+    folder = Path(__file__).parent
+    library, report = folder / "_cpu.so", folder / "_build.json"
+    if not library.exists():
+        built = json.loads(report.read_text())["cpu"] if report.exists() else "not built (MEDKD_FAST_NO_EXT=1)"
+        return f"medkd_fast/_cpu.so is missing: {built}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library} does not load: {error}"
+    return ""
+
+
+#: Why a backend cannot run here; an empty string where it can.
+UNAVAILABLE = {"cpp": _load(), "reference": ""}
+_forced = "auto"  # a module global: torch.compile guards on it
+_warned: set[str] = set()
+
+
+def set_backend(name: str) -> None:
+    """Forces a backend for every operator from now on; `"auto"` restores the choice by device.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend cannot run on this machine; the message says why.
+
+    >>> import medkd_fast
+    >>> medkd_fast.set_backend("reference")
+    >>> medkd_fast.set_backend("auto")
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)}")
+    if name != "auto" and UNAVAILABLE[name]:
+        raise RuntimeError(f"backend {name!r} cannot run here: {UNAVAILABLE[name]}. `medkd-fast doctor` shows what can")
+    _forced = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend inside a `with` block. Raises as `set_backend` does.
+
+    >>> import torch, medkd_fast
+    >>> student, teacher = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)
+    >>> with medkd_fast.use_backend("reference"):
+    ...     medkd_fast.class_kl(student, teacher)
+    tensor(0.)
+    """
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def choose(operator: str, device_type: str) -> str:
+    """The backend that `operator` runs with on tensors of that device type."""
+    candidates = OPERATORS[operator].get(device_type, ())
+    if _forced == "auto":
+        for name in candidates:
+            if not UNAVAILABLE[name]:
+                return name
+        _warn_once(operator, device_type)
+        return "reference"
+    if _forced != "reference" and _forced not in candidates:
+        where = ", ".join(OPERATORS[operator]) or "no device"
+        raise RuntimeError(
+            f"{operator}: backend {_forced!r} is forced and has no kernel for {device_type} tensors; fused kernels exist "
+            f"for {where}. Use set_backend('auto') or set_backend('reference')"
+        )
+    return _forced
+
+
+def _warn_once(operator: str, device_type: str) -> None:
+    if torch.compiler.is_compiling() or f"{operator} {device_type}" in _warned:
+        return
+    _warned.add(f"{operator} {device_type}")
+    why = _why(operator, device_type)
+    warnings.warn(f"medkd_fast.{operator} runs on the slower reference backend: {why}", stacklevel=4)
+
+
+def _why(operator: str, device_type: str) -> str:
+    candidates = OPERATORS[operator].get(device_type, ())
+    return "; ".join(UNAVAILABLE[name] for name in candidates) or f"there is no fused kernel for {device_type} tensors yet"
+
+
+class Row(NamedTuple):
+    """A line of `medkd-fast doctor`."""
+
+    operator: str
+    device_type: str
+    backend: str
+    available: bool
+    why: str
+
+
+def report() -> list[Row]:
+    """What runs each operator on each device type, and why not something faster."""
+    rows = []
+    for operator, devices in OPERATORS.items():
+        for device_type in ("cpu", "cuda"):
+            fused = next((name for name in devices.get(device_type, ()) if not UNAVAILABLE[name]), None)
+            why = "" if fused else _why(operator, device_type)
+            rows.append(Row(operator, device_type, fused or "reference", fused is not None, why))
+    return rows
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU loops run with: "avx512", "avx2", "portable", or "none" without the library."""
+    return "none" if UNAVAILABLE["cpp"] else torch.ops.medkd_fast.instruction_set()
+
+
+if os.environ.get("MEDKD_FAST_BACKEND"):
+    set_backend(os.environ["MEDKD_FAST_BACKEND"])

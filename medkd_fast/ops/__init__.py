@@ -1,0 +1,1 @@
+"""The public functions: argument checks, then a fused operator with its gradient, or the reference."""

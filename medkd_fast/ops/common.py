@@ -1,0 +1,121 @@
+"""What every operator needs: argument checks with messages for people, and the guard against second derivatives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
+#: Checks that would synchronise a GPU are made there too.
+DEBUG = os.environ.get("MEDKD_FAST_DEBUG") == "1"
+
+
+def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Student and teacher are floating [B, C, *S] on one device with equal B; only the student may want a gradient."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, want a tensor [B, C, *S]")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: got {x.dtype}, want a tensor of float32, bfloat16, float16 or float64")
+        if x.dim() < 3:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [B, C, *S] with at least one spatial dimension")
+    if student.dim() != teacher.dim() or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student and teacher: got shapes {tuple(student.shape)} and {tuple(teacher.shape)}, "
+            "want the same number of images and of spatial dimensions"
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: got device {teacher.device}, want the student's, {student.device}; move one with .to()")
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError("teacher requires grad, and the loss gives it none; pass teacher.detach(), or run it under no_grad")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(choices)}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: got {temperature}, want a number above 0")
+
+
+def per_pixel(name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`x` of shape [B, *S] or [B, 1, *S] as contiguous [B, *S], for `like` of shape [B, C, *S]."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, want a tensor [B, *S]")
+    want = (like.shape[0], *like.shape[2:])
+    if x.dim() == like.dim() and x.shape[1] == 1:
+        x = x.squeeze(1)
+    if x.shape != want:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, want {want} or {(want[0], 1, *want[1:])}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: got device {x.device}, want the student's, {like.device}; move it with .to()")
+    return x.contiguous()
+
+
+def labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The target as contiguous integer labels [B, *S]."""
+    target = per_pixel("target", target, like)
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"target: got {target.dtype}, want integer labels; convert with target.long()")
+    return target
+
+
+def check_labels(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """For the reference. On a GPU only under MEDKD_FAST_DEBUG=1, because looking at the answer synchronises."""
+    if target.device.type != "cpu" and not DEBUG or torch.compiler.is_compiling():
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        raise ValueError(
+            f"target holds the label {target[bad][0].item()}, want 0 to {classes - 1} or ignore_index ({ignore_index}); "
+            "remap the labels, or pass the value to leave out as ignore_index"
+        )
+
+
+def arithmetic(student: torch.Tensor, teacher: torch.Tensor) -> torch.dtype:
+    """The type that sums are made in: float64 as soon as one input is, else float32."""
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def wants_gradient(student: torch.Tensor) -> bool:
+    return student.requires_grad and torch.is_grad_enabled()
+
+
+def plainly(function: Callable[..., Any], student: torch.Tensor, *args: Any, **settings: Any) -> Any:
+    """Calls a reference outside autocast, which would take its matrix products to half precision."""
+    with torch.autocast(student.device.type, enabled=False):
+        return function(student, *args, **settings)
+
+
+class FirstOrderOnly(torch.autograd.Function):
+    """Passes a gradient on, and raises when somebody differentiates it.
+
+    A gradient that came out of a fused backward has no graph; without this a gradient penalty would silently lack the
+    loss's share.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: torch.Tensor, gradient: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: second derivatives are not there in the fused backends; "
+            "run this loss inside `with medkd_fast.use_backend('reference'):`"
+        )
+
+
+def first_order(student: torch.Tensor, gradient: torch.Tensor, name: str) -> torch.Tensor:
+    """The gradient to return from a backward: guarded when a graph of it is being made."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return FirstOrderOnly.apply(student, gradient, name)
+    return gradient

@@ -1,0 +1,75 @@
+"""The autograd function that decoupled_kl and class_kl share: value and gradient come out of one pass.
+
+The gradient that the forward leaves is that of the sum, not yet divided by the number of pixels (half precision would
+underflow). The backward multiplies it in place by upstream / count, so the gradient is the only buffer of the input's
+size. A second backward through a retained graph finds it spent and computes it anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from medkd_fast.ops.common import arithmetic, first_order
+
+
+def call(operator: str, *args: Any) -> tuple[torch.Tensor, ...]:
+    """Calls a fused operator; a bad label comes out as ValueError with the operator's own words."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.medkd_fast, operator)(*args)
+    try:
+        return getattr(torch.ops.medkd_fast, operator)(*args)
+    except RuntimeError as error:
+        where = str(error).find("target holds the label")
+        if where < 0:
+            raise
+        raise ValueError(str(error)[where:].splitlines()[0]) from None
+
+
+class PixelLoss(torch.autograd.Function):
+    """operator(student, teacher, target, weight, *settings, reduction, need_gradient) -> terms, the first is the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        target: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        operator: str,
+        settings: tuple[float, ...],
+        reduction: str,
+    ) -> tuple[torch.Tensor, ...]:
+        per_pixel = reduction == "none"
+        # a pixel's upstream gradient acts as its weight, which only the backward knows
+        *terms, scale, gradient = call(operator, student, teacher, target, weight, *settings, reduction, not per_pixel)
+        ctx.mark_non_differentiable(*terms[1:])
+        ctx.save_for_backward(student, teacher, target, weight, scale, gradient)
+        ctx.operator, ctx.settings, ctx.per_pixel, ctx.spent = operator, settings, per_pixel, False
+        return tuple(terms)
+
+    @staticmethod
+    def backward(ctx: Any, v_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, teacher, target, weight, scale, gradient = ctx.saved_tensors
+        if ctx.per_pixel:
+            weight = v_loss.contiguous() if weight is None else v_loss * weight
+        if ctx.per_pixel or ctx.spent:
+            gradient = call(ctx.operator, student, teacher, target, weight, *ctx.settings, "sum", True)[-1]
+        if not ctx.per_pixel:
+            if torch.compiler.is_compiling():
+                gradient = gradient * (v_loss * scale)
+            else:
+                torch.ops.medkd_fast.scale_gradient_cpp(gradient, v_loss, scale)
+                ctx.spent = True
+        gradient = first_order(student, gradient, ctx.operator.removesuffix("_cpp"))
+        return gradient, None, None, None, None, None, None
+
+
+def fake_outputs(student: torch.Tensor, teacher: torch.Tensor, terms: int, reduction: str, need_gradient: bool) -> Any:
+    """The shapes of a per-pixel loss's outputs, for torch.compile."""
+    dtype = arithmetic(student, teacher)
+    shape = (teacher.shape[0], *teacher.shape[2:]) if reduction == "none" else ()
+    outputs = [student.new_empty(shape, dtype=dtype) for _ in range(terms)]
+    gradient = torch.empty_like(student) if need_gradient else student.new_empty(0)
+    return (*outputs, student.new_empty((), dtype=dtype), gradient)

@@ -1,0 +1,1 @@
+"""The definitions: plain PyTorch in any dtype, without tricks. The oracle of the tests and the fallback."""
