@@ -1,19 +1,31 @@
-"""`medkd-fast`: the demo, training, distillation and evaluation from the command line, and what this machine can run.
-
-Heavy imports happen inside the commands, so that `--help` answers at once and a missing extra can be named.
-"""
+"""The console script `medkd-fast`: hands over to `medkd_fast.training.commands`, or says which extra is missing."""
 
 from __future__ import annotations
 
-import math
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from collections.abc import Sequence
 
-try:
-    import typer
-except ModuleNotFoundError:
-    sys.exit("SEE main")
+from medkd_fast.training.doctor import INSTALL_EXTRA, doctor_lines, missing_extra
 
-if TYPE_CHECKING:
-    from medkd_fast.training.runs import RunConfig
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command (of `sys.argv` where none is given) and return its exit code: 0, or 2 for wrong use.
+
+    >>> main(["--help"])  # doctest: +ELLIPSIS
+    Usage: medkd-fast ...
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    missing = missing_extra()
+    if missing and arguments == ["doctor"]:  # it must answer above all where something is missing
+        print("\n".join(doctor_lines()))
+        return 0
+    if missing:
+        print(f"medkd-fast: {', '.join(missing)} not installed: run `{INSTALL_EXTRA}`", file=sys.stderr)
+        return 2
+    from medkd_fast.training.commands import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

