@@ -1,0 +1,83 @@
+"""What the operator tests share: comparison with the truth in fp64, and layouts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+#: Relative rounding of one stored number, for tolerances that come from an output's type.
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+class Comparison(NamedTuple):
+    """How far `got` is from `want`, in fp64."""
+
+    relative: float  # L2 of the difference over L2 of the truth
+    cosine: float
+    bias: float  # mean signed difference over mean magnitude of the truth
+    worst: tuple[int, ...]
+
+
+def compare(got: torch.Tensor, want: torch.Tensor) -> Comparison:
+    assert got.shape == want.shape, f"got shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    a, b = got.detach().double().reshape(-1), want.detach().double().reshape(-1)
+    norm, difference = b.norm().clamp_min(1e-300), a - b
+    worst = int(difference.abs().nan_to_num(float("inf")).argmax()) if a.numel() else 0
+    return Comparison(
+        (difference.norm() / norm).item(),
+        (a @ b / (a.norm() * norm).clamp_min(1e-300)).item(),
+        (difference.mean() / b.abs().mean().clamp_min(1e-300)).item() if a.numel() else 0.0,
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape)) if got.dim() and a.numel() else (),
+    )
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str = "") -> None:
+    """Relative L2 error at most `tolerance`; equal where the truth is not finite."""
+    finite = want.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{what}: finite at other places than the truth"
+    assert torch.equal(got[~finite].double(), want[~finite].double()), f"{what}: other infinities than the truth"
+    result = compare(got.where(finite, 0), want.where(finite, 0))
+    assert result.relative <= tolerance, f"{what}: {result} is above {tolerance}"
+
+
+def value_and_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], student: torch.Tensor, upstream: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """function(student) and the gradient of its sum weighted with `upstream`."""
+    student = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    value = function(student)
+    value.backward(torch.ones_like(value) if upstream is None else upstream.to(value))
+    return value.detach(), student.grad
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def over_threads(function: Callable[[], list[torch.Tensor]]) -> None:
+    """`function` gives the same bits with 1, 2 and 3 threads."""
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(function())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b), "the bits depend on the number of threads"
+
+
+def in_new_process(script: str, **environment: str) -> str:
+    """The standard output of a Python script; its failure is the test's."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
