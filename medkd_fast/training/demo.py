@@ -79,7 +79,13 @@ def run_demo(out: Path, *, length: Length = FULL, seed: int = 0) -> dict[str, En
             distilled=bool(config.losses),
         )
     notes = findings(entries, BASELINE) + caveats(entries, split)
-    about = {"seed": seed, "versions": versions(), "notes": notes, "train_slices": split.train, "held_out": split.held_out}
+    about = {
+        "seed": seed,
+        "versions": versions(),
+        "notes": notes,
+        "train_slices": split.train,
+        "held_out": split.held_out,
+    }
     write_metrics(out, entries, about)
     overlay_png(out / "overlay.png", networks, slices, split)
     curves_png(out / "curves.png", {name: folder for name, (folder, _) in plan.items()})

@@ -25,15 +25,16 @@ def predict(network: nn.Module, slices: Slices, indices: list[int]) -> Tensor:
 
 def held_out_scores(network: nn.Module, slices: Slices, split: Split) -> dict[int, Summary]:
     """Per class of `CLASSES`: means over the held-out blocks, in mm, each block scored as one 3-D volume."""
-    volumes = (
-        (predict(network, slices, block), slices.labels[block, 0], slices.spacing) for block in split.held_out
-    )
+    volumes = ((predict(network, slices, block), slices.labels[block, 0], slices.spacing) for block in split.held_out)
     return summarise(volumes, classes=CLASSES)
 
 
 def scores_record(summaries: Mapping[int, Summary]) -> dict[str, Any]:
     """The summaries by class name, and the mean over the classes that the labels have, for metrics.json."""
-    return {"classes": {CLASSES[c]: s._asdict() for c, s in summaries.items()}, "mean": mean_scores(summaries)._asdict()}
+    return {
+        "classes": {CLASSES[c]: s._asdict() for c, s in summaries.items()},
+        "mean": mean_scores(summaries)._asdict(),
+    }
 
 
 def scores_rows(summaries: Mapping[int, Summary], **first: Any) -> list[dict[str, Any]]:

@@ -29,9 +29,7 @@ def evaluate_run(run: Path, slices: Slices, split: Split) -> dict[int, Summary]:
     return summaries
 
 
-def finish_run(
-    folder: Path, network: nn.Module, summaries: dict[int, Summary], slices: Slices, split: Split
-) -> None:
+def finish_run(folder: Path, network: nn.Module, summaries: dict[int, Summary], slices: Slices, split: Split) -> None:
     """scores.json, scores.csv, overlay.png and curves.png in a run's folder."""
     write_scores(folder, summaries)
     overlay_png(folder / "overlay.png", {folder.name: network}, slices, split)

@@ -74,7 +74,9 @@ def segmentation_scores(
     if prediction.shape != label.shape:
         raise ValueError(f"prediction and label must have one shape, got {prediction.shape} and {label.shape}")
     if label.ndim not in (2, 3):
-        raise ValueError(f"prediction and label must be [Z, Y, X] or [Y, X], got shape {label.shape}; score each volume")
+        raise ValueError(
+            f"prediction and label must be [Z, Y, X] or [Y, X], got shape {label.shape}; score each volume"
+        )
     spacing = _positive(spacing, label.ndim)
     if definition not in DEFINITIONS:
         raise ValueError(f"definition must be one of {DEFINITIONS}, got {definition!r}")

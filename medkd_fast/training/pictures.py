@@ -15,7 +15,7 @@ from medkd_fast.training.data import CLASSES, Slices, Split
 from medkd_fast.training.evaluate import predict
 from medkd_fast.training.files import write_atomically
 
-# Okabe and Ito's palette, told apart by colour-blind readers too, and grey
+# Okabe and Ito's palette, told apart by colour-blind readers too, with grey and violet
 COLOURS = np.array(
     [
         [230, 159, 0],
@@ -25,7 +25,7 @@ COLOURS = np.array(
         [213, 94, 0],
         [240, 228, 66],
         [204, 121, 167],
-        [0, 114, 178],
+        [100, 60, 200],
     ]
 )
 LINES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -52,7 +52,7 @@ def overlay_png(path: Path, networks: Mapping[str, nn.Module], slices: Slices, s
     figure.legend(
         handles=[Patch(color=COLOURS[c - 1] / 255, label=CLASSES[c]) for c in present],
         loc="outside lower center",
-        ncols=len(present),
+        ncols=min(len(present), 2 * len(titles)),
         frameon=False,
     )
     write_atomically(path, lambda p: figure.savefig(p, dpi=110))

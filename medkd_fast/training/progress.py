@@ -21,4 +21,8 @@ class EpochLines(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         values = "  ".join(f"{k} {float(v):.3f}" for k, v in trainer.callback_metrics.items())
-        print(f"{self.name}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {values}", file=sys.stderr, flush=True)
+        print(
+            f"{self.name}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {values}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -185,16 +185,12 @@ def versions() -> dict[str, str]:
 
 def _trainer(config: RunConfig, folder: RunFolder) -> pl.Trainer:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # "GPU available: False, ..."
+    # saved after the validation: resuming starts at an epoch's first batch. Two callbacks, because Lightning's save_last
+    # saves only when the best changes.
+    where = {"dirpath": folder.last.parent, "save_on_train_epoch_end": True, "enable_version_counter": False}
     callbacks: list[Callback] = [
-        ModelCheckpoint(
-            dirpath=folder.last.parent,
-            filename="best",
-            monitor="val_dice",
-            mode="max",
-            save_last=True,
-            save_on_train_epoch_end=True,  # after the validation: resuming starts at an epoch's first batch
-            enable_version_counter=False,
-        ),
+        ModelCheckpoint(filename="best", monitor="val_dice", mode="max", **where),
+        ModelCheckpoint(filename=folder.last.stem, **where),
         progress_callback(folder.path.name),
     ]
     if config.patience:
