@@ -10,6 +10,17 @@ STABLE_TORCH_LIBRARY(medkd_fast, m) {
   m.def(
       "class_kl_cpp(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
       "int ignore_index, str reduction, bool need_gradient) -> (Tensor loss, Tensor scale, Tensor gradient)");
+  // Outputs: loss [] or [B], and the matrix [B, C, C] whose product with the student is the gradient; the backward
+  // multiplies by upstream [] or [B].
+  m.def(
+      "channel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) -> (Tensor loss, Tensor matrix)");
+  m.def(
+      "channel_relation_backward_cpp(Tensor student, Tensor? mask, Tensor matrix, Tensor upstream) -> Tensor gradient");
+  // The same with [B, student channels, 2 * max(channels)], for the stacked difference and sum of the normalised features.
+  m.def("pixel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) -> (Tensor loss, Tensor matrix)");
+  m.def(
+      "pixel_relation_backward_cpp(Tensor student, Tensor teacher, Tensor? mask, Tensor matrix, Tensor upstream) "
+      "-> Tensor gradient");
   // gradient *= upstream * scale, in place, in the type of the arithmetic.
   m.def("scale_gradient_cpp(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()");
   // The instruction set that the CPU loops were chosen for.

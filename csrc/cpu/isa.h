@@ -74,9 +74,32 @@ struct PixelLoops {
   void (*slab)(const PixelLoss&, const Slab&, PixelSums&);
 };
 
+// channel_relation and pixel_relation. A mask of 0 takes a pixel out.
+struct Relation {
+  Planes student;       // [B, student channels, N]
+  Planes teacher;       // [B, teacher channels, N]
+  Planes gradient;      // like the student; in the backward only
+  const uint8_t* mask;  // [B, N] or nullptr
+  int64_t student_channels, teacher_channels, pixels;
+};
+
+// A range of one image's pixels, taken `block` at a time, and a range of the rows of the matrix of sums.
+struct RelationPart {
+  int64_t image, begin, end, block, first_row, last_row;
+};
+
+template <typename A>
+struct RelationLoops {
+  // sums += products of every two rows, summed over the pixels
+  void (*sums)(const Relation&, const RelationPart&, double* sums);
+  // gradient = factor * what the matrix makes of the pixels; it uses no rows
+  void (*gradient)(const Relation&, const RelationPart&, const A* matrix, A factor);
+};
+
 template <typename A>
 struct Loops {
   PixelLoops decoupled_kl, class_kl;
+  RelationLoops<A> channel_relation, pixel_relation;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

@@ -1,6 +1,8 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
+#include "channel_relation.h"
 #include "class_kl.h"
 #include "decoupled_kl.h"
+#include "pixel_relation.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
@@ -10,7 +12,12 @@ namespace MEDKD_ISA {
 
 template <typename A>
 constexpr Loops<A> loops_of() {
-  return {pixel_loops<DecoupledKL, A>(), pixel_loops<ClassKL, A>(), store_line<A>, scale<A>};
+  return {pixel_loops<DecoupledKL, A>(),
+          pixel_loops<ClassKL, A>(),
+          {channel_sums<A>, channel_gradient<A>},
+          {pixel_sums<A>, pixel_gradient<A>},
+          store_line<A>,
+          scale<A>};
 }
 
 const LoopTable& table() {

@@ -1,0 +1,141 @@
+// pixel_relation: with S and T the features divided by each pixel's norm, A = S - T and B = S + T, the products of every
+// two rows of [A; B] summed over pixels, and a small matrix times [A; B]. What happens between the two is in
+// pixel_relation.cpp; the derivation in medkd_fast/reference/pixel_relation.py.
+#pragma once
+
+#include "../math/pixel_relation.h"
+#include "relation.h"
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+// Pixels by their norms. Squares of eight channels are added at a time: fewer passes over `squares`, less rounding.
+template <typename A>
+inline void pixel_norms(const A* x, int64_t channels, int64_t padded, int64_t ld, A* __restrict inverse,
+                        A* __restrict turns) {
+  A* __restrict squares = turns;
+  for (int64_t p = 0; p < padded; ++p) squares[p] = A(0);
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    const A* __restrict row = x + c * ld;
+    for (int64_t p = 0; p < padded; ++p) {
+      A sum = A(0);
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < 8; ++k) sum += row[k * ld + p] * row[k * ld + p];
+      squares[p] += sum;
+    }
+  }
+  for (; c < channels; ++c) {
+    const A* __restrict row = x + c * ld;
+    for (int64_t p = 0; p < padded; ++p) squares[p] += row[p] * row[p];
+  }
+  for (int64_t p = 0; p < padded; ++p) {
+    const PixelNorm<A> norm = pixel_norm(squares[p]);
+    inverse[p] = norm.inverse;
+    turns[p] = norm.turns;
+  }
+}
+
+// A block of [A; B] in scratch memory. Each has as many channels as the wider of student and teacher; in the narrower one
+// the others are 0.
+template <typename A>
+struct PixelBlock {
+  int64_t channels, ld, padded;
+  A* rows;       // [2 channels, ld]
+  A* inverse_s;  // [ld] and so on: see PixelNorm
+  A* turns_s;
+  A* inverse_t;
+  A* turns_t;
+};
+
+inline int64_t wider(const Relation& relation) {
+  return relation.student_channels > relation.teacher_channels ? relation.student_channels : relation.teacher_channels;
+}
+
+inline int64_t pixel_block_size(const Relation& relation, int64_t block) {
+  return (2 * wider(relation) + 4) * block_ld(block);
+}
+
+template <typename A>
+inline PixelBlock<A> pixel_block(const Relation& relation, int64_t block, A* scratch) {
+  const int64_t channels = wider(relation), ld = block_ld(block);
+  A* rest = scratch + 2 * channels * ld;
+  return {channels, ld, 0, scratch, rest, rest + ld, rest + 2 * ld, rest + 3 * ld};
+}
+
+template <typename A>
+inline void load_normalised(const Relation& relation, const Planes& x, int64_t image, int64_t first, int64_t channels,
+                            int64_t length, const PixelBlock<A>& block, A* rows, A* inverse, A* turns) {
+  load_block(relation, x, image, first, channels, length, block.padded, block.ld, rows);
+  for (int64_t k = channels * block.ld; k < block.channels * block.ld; ++k) rows[k] = A(0);
+  pixel_norms(rows, channels, block.padded, block.ld, inverse, turns);
+}
+
+template <typename A>
+inline void load_pixels(const Relation& relation, int64_t image, int64_t first, int64_t length, PixelBlock<A>& block) {
+  block.padded = round_up(length, pixel_multiple);
+  A* student = block.rows;
+  A* teacher = block.rows + block.channels * block.ld;
+  load_normalised(relation, relation.student, image, first, relation.student_channels, length, block, student,
+                  block.inverse_s, block.turns_s);
+  load_normalised(relation, relation.teacher, image, first, relation.teacher_channels, length, block, teacher,
+                  block.inverse_t, block.turns_t);
+  const A* __restrict inverse_s = block.inverse_s;
+  const A* __restrict inverse_t = block.inverse_t;
+  for (int64_t c = 0; c < block.channels; ++c) {
+    A* __restrict a = student + c * block.ld;
+    A* __restrict b = teacher + c * block.ld;
+    for (int64_t p = 0; p < block.padded; ++p) {
+      const A s = a[p] * inverse_s[p], t = b[p] * inverse_t[p];
+      a[p] = s - t;
+      b[p] = s + t;
+    }
+  }
+}
+
+// sums is [2 channels, 2 channels], its upper triangle.
+template <typename A>
+inline void pixel_sums(const Relation& relation, const RelationPart& part, double* sums) {
+  const Scratch<A> scratch(pixel_block_size(relation, part.block));
+  PixelBlock<A> block = pixel_block(relation, part.block, scratch.get());
+  for (int64_t first = part.begin; first < part.end; first += part.block) {
+    const int64_t length = part.end - first < part.block ? part.end - first : part.block;
+    load_pixels(relation, part.image, first, length, block);
+    dot_products(block.rows, 2 * block.channels, block.ld, block.padded, part.first_row, part.last_row, sums);
+  }
+}
+
+// The gradient for the normalised student is factor * matrix [A; B]; then through the division by the norm.
+template <typename A>
+inline void pixel_gradient(const Relation& relation, const RelationPart& part, const A* matrix, A factor) {
+  const int64_t channels = relation.student_channels, ld = block_ld(part.block);
+  const Scratch<A> scratch(pixel_block_size(relation, part.block) + (channels + 1) * ld);
+  PixelBlock<A> block = pixel_block(relation, part.block, scratch.get());
+  A* out = scratch.get() + pixel_block_size(relation, part.block);
+  A* __restrict along = out + channels * ld;  // half of the gradient's share along the normalised student, S = (A + B) / 2
+  for (int64_t first = part.begin; first < part.end; first += part.block) {
+    const int64_t length = part.end - first < part.block ? part.end - first : part.block;
+    load_pixels(relation, part.image, first, length, block);
+    product(matrix, channels, 2 * block.channels, block.rows, ld, block.padded, factor, out);
+    const A* __restrict inverse = block.inverse_s;
+    const A* __restrict turns = block.turns_s;
+    for (int64_t p = 0; p < block.padded; ++p) along[p] = A(0);
+    for (int64_t c = 0; c < channels; ++c) {
+      const A* __restrict a = block.rows + c * ld;
+      const A* __restrict b = block.rows + (block.channels + c) * ld;
+      const A* __restrict g = out + c * ld;
+      for (int64_t p = 0; p < block.padded; ++p) along[p] += (a[p] + b[p]) * g[p];
+    }
+    for (int64_t p = 0; p < block.padded; ++p) along[p] *= A(0.25) * turns[p];
+    for (int64_t c = 0; c < channels; ++c) {
+      const A* __restrict a = block.rows + c * ld;
+      const A* __restrict b = block.rows + (block.channels + c) * ld;
+      A* __restrict g = out + c * ld;
+      for (int64_t p = 0; p < block.padded; ++p) g[p] = (g[p] - (a[p] + b[p]) * along[p]) * inverse[p];
+    }
+    store_block(relation.gradient, part.image, first, channels, length, ld, out);
+  }
+}
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd

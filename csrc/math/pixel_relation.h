@@ -1,0 +1,45 @@
+// pixel_relation, per pixel and between its two passes over the pixels. Derivation:
+// medkd_fast/reference/pixel_relation.py.
+#pragma once
+
+#include "elementary.h"
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+MEDKD_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+MEDKD_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+template <typename A>
+struct PixelNorm {
+  A inverse;  // 1 / max(norm, 1e-12)
+  A turns;    // 1: the gradient along the pixel's own direction vanishes; 0: the pixel is divided by 1e-12
+};
+
+template <typename A>
+MEDKD_INLINE PixelNorm<A> pixel_norm(A squares) {
+  const A norm = square_root(squares);
+  const A smallest = A(1e-12);
+  return {A(1) / (norm < smallest ? smallest : norm), norm < smallest ? A(0) : A(1)};
+}
+
+// Row i of the matrix for [A; B] from their products [2C, 2C], both triangles: the gradient for the normalised student is
+// the matrix times [A; B], times `scale` for the sum over all entries of the squared differences, of which this row's share
+// is returned.
+template <typename A>
+MEDKD_INLINE double pixel_row(const double* products, int64_t channels, int64_t i, double scale, A* row) {
+  const int64_t ld = 2 * channels;
+  const double* aa = products + i * ld;
+  const double* ba = products + (channels + i) * ld;
+  double value = 0;
+  for (int64_t j = 0; j < channels; ++j) {
+    const double ab_ij = aa[channels + j], bb_ij = ba[channels + j];
+    value += aa[j] * bb_ij + ba[j] * ab_ij;
+    row[j] = static_cast<A>(scale * (ab_ij + bb_ij));
+    row[channels + j] = static_cast<A>(scale * (aa[j] + ba[j]));
+  }
+  return value / 2;
+}
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd
