@@ -36,7 +36,10 @@ INCLUDES = ["-isystem", str(Path(torch.__file__).parent / "include")]
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Stable-ABI declarations of torch 2.10, the oldest version that the library runs with.
-TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+TORCH_FLAGS = [
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+]
 # Loops keep infinities and NaN; they only promise not to look at errno and floating-point traps.
 LOOP_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTION_SETS = {"portable": []}
@@ -50,7 +53,7 @@ class BuildError(Exception):
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -70,7 +73,9 @@ def compile_objects(jobs: list[tuple[Path, list[str]]], directory: Path) -> list
     def one(job: tuple[Path, list[str]]) -> Path:
         source, flags = job
         command = [*compiler().split(), *FLAGS, *flags]
-        key = hashlib.sha256(headers + source.read_bytes() + " ".join([torch.__version__, *command]).encode()).hexdigest()
+        key = hashlib.sha256(
+            headers + source.read_bytes() + " ".join([torch.__version__, *command]).encode()
+        ).hexdigest()
         target = directory / f"{source.stem}-{key[:16]}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.o")
@@ -86,7 +91,10 @@ def compile_objects(jobs: list[tuple[Path, list[str]]], directory: Path) -> list
 def build_cpu(target: Path, directory: Path) -> str:
     sources = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.stem not in ("loops", "isa")]
     isa = ["-DMEDKD_X86"] if X86 else []
-    jobs = [(ROOT / "csrc/cpu/loops.cpp", [*LOOP_FLAGS, f"-DMEDKD_ISA={name}", *flags]) for name, flags in INSTRUCTION_SETS.items()]
+    jobs = [
+        (ROOT / "csrc/cpu/loops.cpp", [*LOOP_FLAGS, f"-DMEDKD_ISA={name}", *flags])
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
     jobs += [(path, [*INCLUDES, *TORCH_FLAGS]) for path in [ROOT / "csrc/schema.cpp", *sources]]
     jobs += [(ROOT / "csrc/cpu/isa.cpp", isa)]
     objects = compile_objects(jobs, directory)

@@ -112,7 +112,9 @@ def _warn_once(operator: str, device_type: str) -> None:
 
 def _why(operator: str, device_type: str) -> str:
     candidates = OPERATORS[operator].get(device_type, ())
-    return "; ".join(UNAVAILABLE[name] for name in candidates) or f"there is no fused kernel for {device_type} tensors yet"
+    return (
+        "; ".join(UNAVAILABLE[name] for name in candidates) or f"there is no fused kernel for {device_type} tensors yet"
+    )
 
 
 class Row(NamedTuple):

@@ -76,8 +76,9 @@ def over_threads(function: Callable[[], list[torch.Tensor]]) -> None:
 
 def in_new_process(script: str, **environment: str) -> str:
     """The standard output of a Python script; its failure is the test's."""
+    command = [sys.executable, "-c", script]
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -16,7 +16,9 @@ def sample(classes: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return *logits, torch.randint(0, classes, (2, 6, 7))
 
 
-def published(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float) -> list[torch.Tensor]:
+def published(
+    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float
+) -> list[torch.Tensor]:
     """Both parts from probabilities, as the paper's equations 5 and 6 say, at every pixel."""
     own = F.one_hot(target, student.shape[1]).movedim(-1, 1).bool()
     parts = []

@@ -409,7 +409,7 @@ BAD = [
     (lambda s, t, y: (s, t.requires_grad_(), y), {}, ValueError, r"teacher requires grad.*teacher\.detach\(\)"),
     (lambda s, t, y: (s.long(), t, y), {}, TypeError, r"student: got torch\.int64, want a tensor of float32"),
     (lambda s, t, y: (s.numpy(), t, y), {}, TypeError, r"student: got ndarray, want a tensor"),
-    (lambda s, t, y: (s[:, 0, 0], t, y), {}, ValueError, r"student: got shape \(2, 5\), want \[B, C, \*S\]"),
+    (lambda s, t, y: (s[:, :, 0, 0], t, y), {}, ValueError, r"student: got shape \(2, 4\), want \[B, C, \*S\]"),
     (lambda s, t, y: (s[:1], t, y), {}, ValueError, r"\(1, 4, 3, 5\) and \(2, 4, 3, 5\).*same number of images"),
     (lambda s, t, y: (s[:, :2], t, y), {}, ValueError, r"got 2 and 4 classes, want the same"),
     (lambda s, t, y: (s, t[:, :, :2], y[:, :2]), {}, ValueError, r"student: got spatial shape \(3, 5\).*pool it first"),
@@ -419,7 +419,12 @@ BAD = [
     (lambda s, t, y: (s, t, y), {"temperature": 0.0}, ValueError, r"temperature: got 0\.0, want a number above 0"),
     (lambda s, t, y: (s, t, y), {"reduction": "avg"}, ValueError, r"reduction: got 'avg', want one of mean, sum, none"),
     (lambda s, t, y: (s, t, y), {"weight": torch.ones(2, 5)}, ValueError, r"weight: got shape \(2, 5\), want"),
-    (lambda s, t, y: (s, t, y), {"weight": torch.ones(2, 3, 5, requires_grad=True)}, ValueError, "weight requires grad"),
+    (
+        lambda s, t, y: (s, t, y),
+        {"weight": torch.ones(2, 3, 5, requires_grad=True)},
+        ValueError,
+        "weight requires grad",
+    ),
 ]
 
 
@@ -427,8 +432,5 @@ BAD = [
 def test_bad_arguments(loss: Loss, backend: str, change, settings, error, message) -> None:
     student, teacher = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     target = torch.randint(0, 4, (2, 3, 5))
-    if message.startswith("student: got shape"):
-        student, teacher = student.transpose(1, 3), teacher  # [2, 5, 3, 4][:, 0, 0] is [2, 4]
-        message = r"student: got shape \(2, 4\), want"
     with pytest.raises(error, match=message):
         loss(*change(student, teacher, target), **settings)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from medkd_fast import functional
 
-ADAPTIVE_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+Pool = Callable[..., torch.Tensor]
+ADAPTIVE_POOL: dict[int, Pool] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+POOL: dict[int, Pool] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class CPKDLoss(nn.Module):
@@ -72,9 +75,7 @@ class CPKDLoss(nn.Module):
             self.adapter = nn.Conv1d(student_channels, teacher_channels, kernel_size=1, bias=False)
         self.parts: dict[str, torch.Tensor] = {}
 
-    def forward(
-        self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: maps [B, C, *S]. The target is taken for uniformity: relations need no labels."""
         student, teacher = to_common_size(student, teacher)
         loss = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
@@ -87,9 +88,7 @@ class CPKDLoss(nn.Module):
             if self.pool is not None and self.pool > 1:
                 pool = POOL[student.dim() - 2]
                 size = self.pool
-                student, teacher = (
-                    pool(x, size, ceil_mode=True, count_include_pad=False) for x in (student, teacher)
-                )
+                student, teacher = (pool(x, size, ceil_mode=True, count_include_pad=False) for x in (student, teacher))
             parts["pixel"] = functional.pixel_relation(student, teacher, **settings)
             loss = loss + self.pixel_weight * parts["pixel"]
         self.parts = {name: part.detach() for name, part in parts.items()}

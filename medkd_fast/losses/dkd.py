@@ -54,6 +54,4 @@ class DKDLoss(nn.Module):
         return result.loss
 
     def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, ignore_index={self.ignore_index}"
-        )
+        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, ignore_index={self.ignore_index}"

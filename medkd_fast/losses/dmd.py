@@ -107,7 +107,7 @@ class DMDLoss(nn.Module):
         loss = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
         parts = {}
         if self.feature_weight:
-            scales = [self._feature_term(project(x), teacher, target) for project, x in zip(self.projectors, features)]
+            scales = [self._feature_term(project(x), teacher, target) for project, x in zip(self.projectors, features, strict=True)]
             parts["features"] = torch.stack(scales).mean()
             loss = loss + self.feature_weight * parts["features"]
         if self.logit_weight and self.decoupled:
@@ -140,7 +140,9 @@ class DMDLoss(nn.Module):
     def _check(self, features: Sequence[torch.Tensor]) -> None:
         if features is None or len(features) != len(self.feature_channels):
             got = "none" if features is None else f"{len(features)}"
-            raise ValueError(f"features: got {got}, want {len(self.feature_channels)}, one for each of feature_channels")
+            raise ValueError(
+                f"features: got {got}, want {len(self.feature_channels)}, one for each of feature_channels"
+            )
         for i, (x, channels) in enumerate(zip(features, self.feature_channels, strict=True)):
             if x.dim() != self.spatial_dims + 2 or x.shape[1] != channels:
                 raise ValueError(

@@ -31,9 +31,7 @@ class KDLoss(nn.Module):
         self.ignore_index = ignore_index
         self.parts: dict[str, torch.Tensor] = {}
 
-    def forward(
-        self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: logits [B, C, *S]; target: labels [B, *S] or [B, 1, *S]."""
         loss = functional.class_kl(
             student, teacher, temperature=self.temperature, target=target, ignore_index=self.ignore_index

@@ -30,9 +30,13 @@ def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> None:
             "want the same number of images and of spatial dimensions"
         )
     if student.device != teacher.device:
-        raise ValueError(f"teacher: got device {teacher.device}, want the student's, {student.device}; move one with .to()")
+        raise ValueError(
+            f"teacher: got device {teacher.device}, want the student's, {student.device}; move one with .to()"
+        )
     if teacher.requires_grad and torch.is_grad_enabled():
-        raise ValueError("teacher requires grad, and the loss gives it none; pass teacher.detach(), or run it under no_grad")
+        raise ValueError(
+            "teacher requires grad, and the loss gives it none; pass teacher.detach(), or run it under no_grad"
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

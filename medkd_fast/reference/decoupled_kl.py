@@ -55,7 +55,9 @@ def decoupled_kl(
     for part in (target_part, nontarget_part):
         part = torch.where(inside | (weight == 0), part, torch.nan)
         parts.append(reduce(temperature**2 * part, weight, reduction))
-    loss = sum((w * part for w, part in zip((target_weight, nontarget_weight), parts, strict=True) if w), 0 * parts[0].detach())
+    loss = sum(
+        (w * part for w, part in zip((target_weight, nontarget_weight), parts, strict=True) if w), 0 * parts[0].detach()
+    )
     return loss if isinstance(loss, torch.Tensor) else parts[0] * 0, parts[0], parts[1]
 
 

@@ -1,0 +1,130 @@
+"""Which backend runs, and what happens where the native library is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from operators import in_new_process
+
+import medkd_fast
+from medkd_fast import backend
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_forcing_and_restoring() -> None:
+    assert backend.choose("class_kl", "cpu") == ("cpp" if not backend.UNAVAILABLE["cpp"] else "reference")
+    with medkd_fast.use_backend("reference"):
+        assert backend.choose("class_kl", "cpu") == "reference"
+        with pytest.raises(RuntimeError, match="inner"), medkd_fast.use_backend("auto"):
+            raise RuntimeError("inner")
+        assert backend.choose("class_kl", "cpu") == "reference"
+    with pytest.raises(ValueError, match="backend: got 'gpu', want one of auto, cpp, reference"):
+        medkd_fast.set_backend("gpu")
+
+
+def test_forcing_a_backend_on_a_device_without_it(cpp: None) -> None:
+    with pytest.raises(
+        RuntimeError, match="'cpp' is forced and has no kernel for cuda tensors; fused kernels exist for cpu"
+    ):
+        backend.choose("class_kl", "cuda")
+
+
+def test_falling_back_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setitem(backend.UNAVAILABLE, "cpp", "the library was not built: no compiler")
+    x = torch.zeros(1, 2, 3, 3)
+    for _ in range(3):
+        assert medkd_fast.class_kl(x, x) == 0
+    messages = [str(w.message) for w in recwarn]
+    assert messages == [
+        "medkd_fast.class_kl runs on the slower reference backend: the library was not built: no compiler"
+    ]
+    with pytest.raises(RuntimeError, match="'cpp' cannot run here: the library was not built: no compiler.*doctor"):
+        medkd_fast.set_backend("cpp")
+    assert {(row.backend, row.why) for row in backend.report() if row.device_type == "cpu"} == {
+        ("reference", "the library was not built: no compiler")
+    }
+
+
+def test_environment_variable() -> None:
+    script = "from medkd_fast import backend; print(backend.choose('decoupled_kl', 'cpu'))"
+    assert in_new_process(script, MEDKD_FAST_BACKEND="reference").strip() == "reference"
+    with pytest.raises(AssertionError, match="backend: got 'fast', want one of"):
+        in_new_process(script, MEDKD_FAST_BACKEND="fast")
+
+
+def test_importing_the_package_imports_no_training_package() -> None:
+    script = "import sys, medkd_fast, medkd_fast.losses; print(' '.join(sorted(sys.modules)))"
+    loaded = set(in_new_process(script).split())
+    assert not loaded & {
+        "monai",
+        "pytorch_lightning",
+        "SimpleITK",
+        "matplotlib",
+        "typer",
+        "rich",
+        "medkd_fast.training",
+    }
+
+
+def test_every_operator_has_its_rooms() -> None:
+    schema = (ROOT / "csrc/schema.cpp").read_text()
+    for operator in backend.OPERATORS:
+        for room in ("csrc/cpu/{}.cpp", "medkd_fast/ops/{}.py", "medkd_fast/reference/{}.py", "tests/test_{}.py"):
+            assert (ROOT / room.format(operator)).exists(), room.format(operator)
+        assert f"{operator}_cpp(" in schema
+        assert callable(getattr(medkd_fast, operator))
+
+
+def test_the_library_uses_the_stable_abi_alone(cpp: None) -> None:
+    library = str(ROOT / "medkd_fast/_cpu.so")
+    wanted = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_call_dispatcher" in wanted or "torch_call_dispatcher" in wanted
+    # functions of at::, c10:: and torch:: by their mangled names, and Python's own
+    assert not re.findall(r"\b_ZN[KR]*(?:2at|3c10|5torch)\d\w*|\b_?Py\w+", wanted)
+
+
+def build_wheel(tmp_path: Path, **environment: str) -> Path:
+    for name in ("csrc", "medkd_fast"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    script = (
+        f"import os; os.chdir({str(tmp_path)!r})\nfrom setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    )
+    in_new_process(script, **environment)
+    return next(tmp_path.glob("*.whl"))
+
+
+def test_without_a_compiler_the_package_installs_and_says_so(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, PATH="/nonexistent", CXX="")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "medkd_fast/_cpu.so" not in names
+    report = json.loads(zipfile.ZipFile(wheel).read("medkd_fast/_build.json"))
+    assert report["cpu"].startswith("not built: no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+
+
+def test_pure_python_wheel(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, MEDKD_FAST_NO_EXT="1")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_with_the_library(tmp_path: Path, cpp: None) -> None:
+    (tmp_path / "build").mkdir()
+    objects = ROOT / "build" / "objects"
+    if objects.exists():  # what is compiled already need not be again
+        shutil.copytree(objects, tmp_path / "build" / "objects")
+    wheel = build_wheel(tmp_path)
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
+    assert "medkd_fast/_cpu.so" in zipfile.ZipFile(wheel).namelist()
