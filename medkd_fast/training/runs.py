@@ -204,7 +204,7 @@ def _trainer(config: RunConfig, folder: RunFolder) -> pl.Trainer:
             CSVLogger(folder.path, name="logs", version=attempts),
             TensorBoardLogger(folder.path, name="tensorboard", version=""),
         ],
-        log_every_n_steps=5,
+        log_every_n_steps=min(5, config.steps),
         gradient_clip_val=GRADIENT_CLIP,
         num_sanity_val_steps=0,
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),

@@ -19,7 +19,7 @@ from medkd_fast.training.networks import build_network
 from medkd_fast.training.pictures import read_curve
 from medkd_fast.training.runs import RunConfig, RunFolder, build_module, fit, load_network
 
-ALL_LOSSES = {"dmd": 0.3, "kd": 0.1, "dkd": 0.1}
+ALL_LOSSES = {"cpkd": 1.0, "dmd": 0.3, "kd": 0.1, "dkd": 0.1}
 
 
 @pytest.fixture
