@@ -146,10 +146,13 @@ def prepare(config: RunConfig, folder: RunFolder, *, resume: bool) -> None:
         if not resume:
             raise WrongUse(f"{folder.path} holds a run already: add --resume to go on with it, or choose another --out")
         there = read_json(folder.config)
-        changed = [f"{k} is {there.get(k)}, asked for {asked.get(k)}" for k in asked if there.get(k) != asked.get(k)]
-        if changed or there.keys() != asked.keys():
+        keys = sorted(
+            (asked.keys() | there.keys()) - {"teacher"}
+        )  # the teacher counts by its contents, not by its path
+        changed = [f"{k} is {there.get(k)}, asked for {asked.get(k)}" for k in keys if there.get(k) != asked.get(k)]
+        if changed:
             raise WrongUse(
-                f"{folder.path} holds a run of another configuration ({'; '.join(changed) or 'other keys'}): "
+                f"{folder.path} holds a run of another configuration ({'; '.join(changed)}): "
                 "choose another --out or delete the folder"
             )
     elif folder.path.exists() and any(folder.path.iterdir()):

@@ -137,6 +137,10 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path, config, slices, spl
     second = fit(config, tmp_path / "run", slices, split, resume=True)
     assert_same_bits(first.state_dict(), second.state_dict())
     assert RunFolder(tmp_path / "run").last.read_bytes() == before
+    # killed between the last checkpoint and the note that it is the last
+    RunFolder(tmp_path / "run").finished.unlink()
+    third = fit(config, tmp_path / "run", slices, split, resume=True)
+    assert_same_bits(first.state_dict(), third.state_dict())
 
 
 def test_patience_stops_early(tmp_path, config, slices, split):
