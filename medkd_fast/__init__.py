@@ -3,11 +3,19 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from medkd_fast.backend import set_backend, use_backend
-from medkd_fast.functional import DecoupledKL, class_kl, decoupled_kl
+from medkd_fast.functional import DecoupledKL, channel_relation, class_kl, decoupled_kl, pixel_relation
 
 try:
     __version__ = version("medkd_fast")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["DecoupledKL", "class_kl", "decoupled_kl", "set_backend", "use_backend"]
+__all__ = [
+    "DecoupledKL",
+    "channel_relation",
+    "class_kl",
+    "decoupled_kl",
+    "pixel_relation",
+    "set_backend",
+    "use_backend",
+]

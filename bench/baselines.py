@@ -1,0 +1,94 @@
+"""What the fused operators are measured against, frozen.
+
+`published_*` is the form that the papers' codes have: masks of −1000, probabilities before logarithms, N×N matrices.
+`plain_*` is the best plain PyTorch that we can write: log-odds, sums instead of large matrices. Both give the value of the
+operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def upsampled(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    if student.shape[2:] == teacher.shape[2:]:
+        return student
+    return F.interpolate(student, size=teacher.shape[2:], mode=MODES[student.dim() - 2], align_corners=False)
+
+
+def published_decoupled_kl(
+    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float = 4.0
+) -> torch.Tensor:
+    """Every pixel as a sample of the image-classification code: masks, merged probabilities, −1000 on the label."""
+    student = upsampled(student, teacher)
+    s, t = (x.movedim(1, -1).reshape(-1, x.shape[1]) / temperature for x in (student, teacher))
+    own = torch.zeros_like(s).scatter_(1, target.reshape(-1, 1), 1)
+    other = 1 - own
+    p_s, p_t = F.softmax(s, 1), F.softmax(t, 1)
+    merged_s, merged_t = (torch.stack([(p * own).sum(1), (p * other).sum(1)], 1) for p in (p_s, p_t))
+    target_part = F.kl_div(merged_s.log(), merged_t, reduction="sum")
+    nontarget_part = F.kl_div(F.log_softmax(s - 1000 * own, 1), F.softmax(t - 1000 * own, 1), reduction="sum")
+    return (target_part + nontarget_part) * temperature**2 / target.numel()
+
+
+def plain_decoupled_kl(
+    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float = 4.0
+) -> torch.Tensor:
+    """Log-odds and logsumexp in the layout of the maps."""
+    s, t = upsampled(student, teacher) / temperature, teacher / temperature
+    index = target.unsqueeze(1)
+    own = torch.arange(s.shape[1]).view(-1, *[1] * (s.dim() - 2)) == index
+    log_sum_s, log_sum_t = (x.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True) for x in (s, t))
+    d_s, d_t = s.gather(1, index) - log_sum_s, t.gather(1, index) - log_sum_t
+    b = torch.sigmoid(d_t)
+    target_part = b * (F.logsigmoid(d_t) - F.logsigmoid(d_s)) + (1 - b) * (F.logsigmoid(-d_t) - F.logsigmoid(-d_s))
+    log_t = t - log_sum_t
+    nontarget_part = (log_t.exp() * (log_t - (s - log_sum_s))).masked_fill(own, 0).sum(1, keepdim=True)
+    return (target_part + nontarget_part).mean() * temperature**2
+
+
+def published_class_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 4.0) -> torch.Tensor:
+    s = F.log_softmax(upsampled(student, teacher) / temperature, 1)
+    t = F.softmax(teacher / temperature, 1)
+    return F.kl_div(s, t, reduction="none").sum(1).mean() * temperature**2
+
+
+def plain_class_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 4.0) -> torch.Tensor:
+    s = F.log_softmax(upsampled(student, teacher) / temperature, 1)
+    t = F.log_softmax(teacher / temperature, 1)
+    return (t.exp() * (t - s)).sum() * (temperature**2 * t.shape[1] / t.numel())
+
+
+def published_channel_relation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    s, t = (F.normalize(x.flatten(2), dim=2) for x in (student, teacher))
+    return F.mse_loss(s @ s.transpose(1, 2), t @ t.transpose(1, 2))
+
+
+def plain_channel_relation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """One Gram matrix each; its diagonal has the norms."""
+
+    def relation(x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(2)
+        gram = torch.bmm(x, x.transpose(1, 2))
+        norm = gram.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-12)
+        return gram / (norm.unsqueeze(1) * norm.unsqueeze(2))
+
+    return F.mse_loss(relation(student), relation(teacher))
+
+
+def published_pixel_relation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Both N×N matrices."""
+    s, t = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
+    return F.mse_loss(s.transpose(1, 2) @ s, t.transpose(1, 2) @ t)
+
+
+def plain_pixel_relation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The C×C identity: ‖SᵀS − TᵀT‖² = ½(⟨AAᵀ, PPᵀ⟩ + tr((PAᵀ)²)), A = S − T, P = S + T."""
+    s, t = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
+    a, p = s - t, s + t
+    aa, pp, pa = a @ a.transpose(1, 2), p @ p.transpose(1, 2), p @ a.transpose(1, 2)
+    squared = 0.5 * ((aa * pp).sum((1, 2)) + (pa * pa.transpose(1, 2)).sum((1, 2)))
+    return squared.mean() / s.shape[2] ** 2

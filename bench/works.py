@@ -1,0 +1,115 @@
+"""The works that are measured: inputs, the fused call, its baselines, and what the machine must at least do for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import baselines
+import torch
+
+import medkd_fast
+
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass
+class Work:
+    """One line of the table. `bytes`, `exps` and `flops` are what any implementation must do, forward and backward."""
+
+    name: str
+    student: torch.Tensor
+    fused: Call
+    variants: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = field(default_factory=dict)
+    bytes: float = 0
+    exps: float = 0
+    flops: float = 0
+    largest_input: int = 0
+
+
+def _inputs(shape: tuple[int, ...], low: tuple[int, ...] | None, layout: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(*shape[:2], *(low or shape[2:]), generator=generator).to(dtype)
+    teacher = torch.randn(shape, generator=generator).to(dtype)
+    if layout == "channels_last":
+        student, teacher = (x.to(memory_format=torch.channels_last) for x in (student, teacher))
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    return [student.requires_grad_(), teacher, target]
+
+
+def _title(operator: str, shape: tuple[int, ...], low: tuple[int, ...] | None, layout: str, dtype: torch.dtype) -> str:
+    size = str(list(shape)).replace(" ", "")
+    student = f" from {list(low)}".replace(" ", "") if low else ""
+    extra = ("" if dtype == torch.float32 else f" {str(dtype)[6:]}") + (f" {layout}" if layout != "contiguous" else "")
+    return f"{operator} {size}{student.replace('from', ' from ')}{extra}"
+
+
+def pixel_loss(
+    operator: str,
+    shape: tuple[int, ...],
+    low: tuple[int, ...] | None = None,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+) -> Work:
+    """decoupled_kl or class_kl. The gradient is written once unscaled and scaled once: 5 passes over the logits."""
+    student, teacher, target = _inputs(shape, low, layout, dtype)
+    size = student.element_size()
+    if operator == "decoupled_kl":
+        args: tuple[torch.Tensor, ...] = (student, teacher, target)
+        work = Work("", student, lambda: medkd_fast.decoupled_kl(student, teacher, target, temperature=4.0).loss)
+        labels = target.numel() * 8
+    else:
+        args = (student, teacher)
+        work = Work("", student, lambda: medkd_fast.class_kl(student, teacher, temperature=4.0))
+        labels = 0
+    work.name = _title(operator, shape, low, layout, dtype)
+    for kind in ("published", "plain"):
+        work.variants[kind] = getattr(baselines, f"{kind}_{operator}"), args
+    work.bytes = (4 * student.numel() + teacher.numel()) * size + labels
+    work.exps = 2 * teacher.numel()
+    work.largest_input = student.numel() * size
+    return work
+
+
+def relation(
+    operator: str,
+    shape: tuple[int, ...],
+    published: bool = True,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+) -> Work:
+    """channel_relation or pixel_relation, cosine and mse. Products with a symmetric result count half."""
+    student, teacher, _ = _inputs(shape, None, layout, dtype)
+    function = getattr(medkd_fast, operator)
+    work = Work(_title(operator, shape, None, layout, dtype), student, lambda: function(student, teacher))
+    for kind in ("published", "plain"):
+        if kind == "plain" or published:
+            work.variants[kind] = getattr(baselines, f"{kind}_{operator}"), (student, teacher)
+    images, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
+    square = images * pixels * channels * channels
+    if operator == "channel_relation":  # two Gram matrices; one product for the gradient
+        work.flops = (1 + 1 + 2) * square
+        work.bytes = 4 * student.numel() * student.element_size()  # student twice, teacher, gradient
+    else:  # two symmetric products and one full one; two for the gradient
+        work.flops = (1 + 1 + 2 + 4) * square
+        work.bytes = 5 * student.numel() * student.element_size()  # both twice, gradient
+    work.largest_input = student.numel() * student.element_size()
+    return work
+
+
+WORKS: dict[str, Callable[[], Work]] = {
+    "decoupled_kl": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224)),
+    "decoupled_kl_32_classes": lambda: pixel_loss("decoupled_kl", (2, 32, 224, 224)),
+    "decoupled_kl_upsampled": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), (56, 56)),
+    "decoupled_kl_bf16": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), dtype=torch.bfloat16),
+    "decoupled_kl_channels_last": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), layout="channels_last"),
+    "class_kl": lambda: pixel_loss("class_kl", (4, 9, 224, 224)),
+    "channel_relation": lambda: relation("channel_relation", (4, 64, 112, 112)),
+    "pixel_relation": lambda: relation("pixel_relation", (2, 64, 64, 64)),
+    "pixel_relation_3d": lambda: relation("pixel_relation", (1, 32, 48, 48, 48), published=False),
+    "decoupled_kl_small": lambda: pixel_loss("decoupled_kl", (1, 4, 32, 32)),
+    "class_kl_small": lambda: pixel_loss("class_kl", (1, 4, 32, 32)),
+    "channel_relation_small": lambda: relation("channel_relation", (1, 4, 32, 32)),
+    "pixel_relation_small": lambda: relation("pixel_relation", (1, 4, 32, 32)),
+}

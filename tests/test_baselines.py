@@ -1,0 +1,43 @@
+"""The benchmark's baselines compute what the operators compute; a ratio to something else is worth nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operators import assert_close, value_and_gradient
+
+import medkd_fast
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import baselines
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+@pytest.mark.parametrize("low", [None, (4, 6)], ids=["same size", "upsampled"])
+def test_pixel_losses(kind: str, low: tuple[int, ...] | None) -> None:
+    student = torch.randn(2, 5, *(low or (8, 12)), dtype=torch.float64)
+    teacher = torch.randn(2, 5, 8, 12, dtype=torch.float64)
+    target = torch.randint(0, 5, (2, 8, 12))
+    for name, args in (("decoupled_kl", (teacher, target)), ("class_kl", (teacher,))):
+        fused = getattr(medkd_fast, name)
+        baseline = getattr(baselines, f"{kind}_{name}")
+        want, want_gradient = value_and_gradient(
+            lambda x, f=fused, a=args: f(x, *a, temperature=4.0) if len(a) == 1 else f(x, *a, temperature=4.0).loss,
+            student,
+        )
+        value, gradient = value_and_gradient(lambda x, f=baseline, a=args: f(x, *a, temperature=4.0), student)
+        assert_close(value, want, 1e-12)
+        assert_close(gradient, want_gradient, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+@pytest.mark.parametrize("name", ["channel_relation", "pixel_relation"])
+def test_relations(kind: str, name: str) -> None:
+    student, teacher = (torch.randn(2, 5, 6, 7, dtype=torch.float64) for _ in range(2))
+    want, want_gradient = value_and_gradient(lambda x: getattr(medkd_fast, name)(x, teacher), student)
+    value, gradient = value_and_gradient(lambda x: getattr(baselines, f"{kind}_{name}")(x, teacher), student)
+    assert_close(value, want, 1e-12)
+    assert_close(gradient, want_gradient, 1e-12)
