@@ -34,7 +34,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the killed ru
 Widths = Annotated[str, typer.Option(help="Channels of the five levels and of the last decoder level.")]
 
 TEACHER = "16,16,32,64,128,16"
-STUDENT = "4,4,8,16,32,4"
+STUDENT = "4,8,16,32,32,4"
 
 
 def run(arguments: Sequence[str]) -> int:

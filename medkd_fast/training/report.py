@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+from medkd_fast import backend
 from medkd_fast.training.data import CLASSES, Split
 from medkd_fast.training.evaluate import scores_record, scores_rows
 from medkd_fast.training.files import write_csv, write_json
@@ -42,11 +44,12 @@ def write_metrics(folder: Path, entries: Mapping[str, Entry], about: Mapping[str
 
 def print_scores(entries: Mapping[str, Entry], notes: Sequence[str]) -> None:
     """The table on the screen, then the notes, one a line."""
-    # a table cut to 80 columns by a pipe is worse than a long line
-    console = Console()
-    console = Console(width=max(console.width, 26 + 22 * len(entries)))
+    table, console = scores_table(entries), Console()
+    # a table squeezed into a narrow window or the 80 columns of a pipe is worse than long lines
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console = Console(width=max(console.width, needed))
     console.print("Held-out blocks of slices: Dice / HD95 mm / ASSD mm")
-    console.print(scores_table(entries))
+    console.print(table)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
 
@@ -71,8 +74,8 @@ def scores_table(entries: Mapping[str, Entry]) -> Table:
     row("parameters", [f"{e.parameters:,}" for e in entries.values()])
     row("MACs a slice", [f"{e.macs / 1e6:.0f} M" for e in entries.values()])
     if any(e.costs for e in entries.values()):
-        for backend, label in ((FUSED, "fused"), (REFERENCE, "reference")):
-            costs = [e.costs.get(backend) for e in entries.values()]
+        for key, label in ((FUSED, "fused"), (REFERENCE, "reference")):
+            costs = [e.costs.get(key) for e in entries.values()]
             row(f"ms a step, {label}", [f"{c.step_ms:.0f}" if c else "" for c in costs])
             shares = [c if e.distilled else None for c, e in zip(costs, entries.values(), strict=True)]
             row(f"loss's share, {label}", [f"{c.share:.1%} ({c.loss_ms:.1f} ms)" if c else "" for c in shares])
@@ -110,6 +113,9 @@ def caveats(entries: Mapping[str, Entry], split: Split) -> list[str]:
         "Last weights of each run; none was chosen by its held-out score. A missed organ is in the mean with Dice 0 and "
         + "without distances; a false one is only counted.",
     ]
+    slow = [r.operator for r in backend.report() if r.device_type == "cpu" and not r.available]
+    if slow:
+        lines.append(f"Not fused on this machine: {', '.join(slow)}; `medkd-fast doctor` says why.")
     return lines + ([f"No label, in no mean: {', '.join(absent)}."] if absent else [])
 
 
@@ -126,8 +132,8 @@ def _absent(summary: Summary) -> bool:
 
 def _cost_columns(entry: Entry) -> dict[str, Any]:
     columns: dict[str, Any] = {"parameters": entry.parameters, "macs": entry.macs}
-    for backend, label in ((FUSED, "fused"), (REFERENCE, "reference")):
-        cost = entry.costs.get(backend)
+    for name, label in ((FUSED, "fused"), (REFERENCE, "reference")):
+        cost = entry.costs.get(name)
         columns[f"step_ms_{label}"] = cost and cost.step_ms
         columns[f"loss_ms_{label}"] = cost and cost.loss_ms
         columns[f"loss_share_{label}"] = cost and cost.share

@@ -14,6 +14,7 @@ from medkd_fast import use_backend
 from medkd_fast.training.module import SegmentationModule
 
 FUSED, REFERENCE = "auto", "reference"
+FUSED_STEPS = 5
 
 
 class StepCost(NamedTuple):
@@ -29,22 +30,24 @@ class StepCost(NamedTuple):
 
 
 def step_costs(module: SegmentationModule, batch: tuple[Tensor, Tensor], *, rounds: int) -> dict[str, StepCost]:
-    """Time `rounds` steps on one real batch for each backend, turn by turn, so that a busy moment hits both.
+    """Time steps on one real batch for each backend, in turns, so that a busy moment hits both.
+
+    A round is `FUSED_STEPS` fused steps and one reference step, which can take many times as long.
 
     A step is the student's forward, the teacher's forward, all losses, the backward and the optimiser. Without a teacher there
     is no distillation loss (0 ms) and no second backend. The module trains on while it is timed: give it a copy.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
-    backends = (FUSED,) if module.teacher is None else (FUSED, REFERENCE)
-    times: dict[str, list[tuple[float, float]]] = {b: [] for b in backends}
+    turn = [FUSED] * FUSED_STEPS + ([] if module.teacher is None else [REFERENCE])
+    times: dict[str, list[tuple[float, float]]] = {b: [] for b in turn}
     module.train()
-    for turn in range(rounds + 1):
-        for backend in backends:
-            with use_backend(backend):
-                step = _milliseconds(lambda: _step(module, batch, optimizer))
-                loss = 0.0 if module.teacher is None else _loss_milliseconds(module, batch)
-            if turn > 0:  # the first turn warms up
-                times[backend].append((step, loss))
+    with use_backend(FUSED):
+        _step(module, batch, optimizer)  # warms up
+    for backend in turn * rounds:
+        with use_backend(backend):
+            step = _milliseconds(lambda: _step(module, batch, optimizer))
+            loss = 0.0 if module.teacher is None else _loss_milliseconds(module, batch)
+        times[backend].append((step, loss))
     return {
         b: StepCost(statistics.median(s for s, _ in t), statistics.median(d for _, d in t)) for b, t in times.items()
     }

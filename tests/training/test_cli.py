@@ -48,7 +48,7 @@ def test_help_lists_the_commands(capsys):
         (["demo", "--seed", "x"], "Invalid value for '--seed'"),
         (["train", "--epochs", "0"], "epochs must be >= 1, got 0"),
         (["train", "--patience", "0"], "patience must be >= 1"),
-        (["train", "--widths", "4,4"], "--widths must be six channel counts such as 4,4,8,16,32,4, got '4,4'"),
+        (["train", "--widths", "4,4"], "--widths must be six channel counts such as 4,8,16,32,32,4, got '4,4'"),
         (["distill", "--loss", "kd"], "Missing option '--teacher'"),
         (["distill", "--teacher", "none.ckpt", "--loss", "kd"], "no checkpoint at none.ckpt"),
         (
