@@ -47,6 +47,7 @@ QUICK = Length(teacher_epochs=4, student_epochs=4, timing_rounds=1)
 def stages(out: Path, length: Length, seed: int) -> dict[str, tuple[Path, RunConfig]]:
     """Name, folder and configuration of every stage; the students share their seed: first weights, order, augmentation."""
     teacher = RunFolder(out / "teacher")
+    # another seed than the teacher's, or the two would start from the same random numbers
     student = {"widths": STUDENT_WIDTHS, "epochs": length.student_epochs, "seed": seed + 1, "steps": length.steps}
     found = {
         "teacher": (teacher.path, RunConfig(TEACHER_WIDTHS, length.teacher_epochs, seed=seed, steps=length.steps)),
@@ -61,7 +62,7 @@ def stages(out: Path, length: Length, seed: int) -> dict[str, tuple[Path, RunCon
 def run_demo(out: Path, *, length: Length = FULL, seed: int = 0) -> dict[str, Entry]:
     """Train what is not trained yet, score and time all of it, write metrics and pictures into `out`, print the table.
 
-    Raises WrongUse where `out` holds stages of another length or seed, WrongUse too without the CT.
+    Raises WrongUse where `out` holds stages of another length or seed, or where the CT is missing.
     """
     start = time.perf_counter()
     slices = demo_slices()

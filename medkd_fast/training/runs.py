@@ -47,7 +47,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 50
     batch_size: int = 4
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     patience: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
     teacher: str | None = None
@@ -146,19 +146,18 @@ def prepare(config: RunConfig, folder: RunFolder, *, resume: bool) -> None:
         if not resume:
             raise WrongUse(f"{folder.path} holds a run already: add --resume to go on with it, or choose another --out")
         there = read_json(folder.config)
-        keys = sorted(
-            (asked.keys() | there.keys()) - {"teacher"}
-        )  # the teacher counts by its contents, not by its path
+        # the teacher counts by its contents, not by its path
+        keys = sorted((asked.keys() | there.keys()) - {"teacher"})
         changed = [f"{k} is {there.get(k)}, asked for {asked.get(k)}" for k in keys if there.get(k) != asked.get(k)]
         if changed:
             raise WrongUse(
                 f"{folder.path} holds a run of another configuration ({'; '.join(changed)}): "
                 "choose another --out or delete the folder"
             )
-    elif folder.path.exists() and any(folder.path.iterdir()):
+    elif folder.path.exists() and any(not p.name.startswith(".") for p in folder.path.iterdir()):
         raise WrongUse(f"{folder.path} is not empty and holds no run: choose another --out")
-    write_json(folder.path / "versions.json", versions())
     write_json(folder.config, asked)
+    write_json(folder.path / "versions.json", versions())
 
 
 def load_network(checkpoint: Path) -> nn.Module:
@@ -186,6 +185,14 @@ def versions() -> dict[str, str]:
     }
 
 
+class Patience(EarlyStopping):
+    """EarlyStopping that, resumed from the checkpoint of the epoch that exhausted it, stops before another epoch."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
 def _trainer(config: RunConfig, folder: RunFolder) -> pl.Trainer:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # "GPU available: False, ..."
     # saved after the validation: resuming starts at an epoch's first batch. Two callbacks, because Lightning's save_last
@@ -197,7 +204,7 @@ def _trainer(config: RunConfig, folder: RunFolder) -> pl.Trainer:
         progress_callback(folder.path.name),
     ]
     if config.patience:
-        callbacks.append(EarlyStopping(monitor="val_dice", mode="max", patience=config.patience))
+        callbacks.append(Patience(monitor="val_dice", mode="max", patience=config.patience))
     attempts = len(list((folder.path / "logs").glob("version_*")))
     return pl.Trainer(
         default_root_dir=folder.path,

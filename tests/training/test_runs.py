@@ -145,8 +145,13 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path, config, slices, spl
 
 def test_patience_stops_early(tmp_path, config, slices, split):
     # a learning rate of 0: no epoch is better than the first
-    fit(replace(config, epochs=9, learning_rate=0.0, patience=2), tmp_path / "run", slices, split)
-    assert json.loads(RunFolder(tmp_path / "run").finished.read_text())["epochs"] == 3
+    config, folder = replace(config, epochs=9, learning_rate=0.0, patience=2), RunFolder(tmp_path / "run")
+    fit(config, folder.path, slices, split)
+    assert json.loads(folder.finished.read_text()) == {"epochs": 3, "steps": 3 * config.steps}
+    # killed right after its last epoch: resuming does not add one
+    folder.finished.unlink()
+    fit(config, folder.path, slices, split, resume=True)
+    assert state(folder.last)["global_step"] == 3 * config.steps
 
 
 def test_the_teacher_helps_unchanged_and_stays_out_of_the_checkpoint(tmp_path, config, slices, split, teacher):
