@@ -232,8 +232,9 @@ def test_converged(loss: Loss, backend: str) -> None:
     assert_close(gradient, want_gradient, 2e-3)
 
 
-def test_class_absent_in_both_networks_does_not_count(loss: Loss, backend: str) -> None:
-    student, teacher, target = sample((2, 5, 7, 9))
+@pytest.mark.parametrize("low", [None, (3, 9)], ids=["same size", "upsampled"])
+def test_class_absent_in_both_networks_does_not_count(loss: Loss, backend: str, low) -> None:
+    student, teacher, target = sample((2, 5, 7, 9), low)
     target[target == 4] = 3
     want, want_gradient = truth(loss, student[:, :4], teacher[:, :4], target)
     absent = [torch.cat([x[:, :4], torch.full_like(x[:, :1], -torch.inf)], 1) for x in (student, teacher)]

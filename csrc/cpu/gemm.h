@@ -6,78 +6,25 @@
 #pragma once
 
 #include "planes.h"
+#include "vector.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
 
 // Accumulators, operands and one temporary fill the vector registers: 32 with AVX-512 and on aarch64, 16 elsewhere.
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int dot_rows = 6, dot_columns = 4, product_rows = 6, product_vectors = 4;
 #elif defined(__AVX__)
-constexpr int vector_bytes = 32;
 constexpr int dot_rows = 3, dot_columns = 4, product_rows = 6, product_vectors = 2;
-#elif defined(__aarch64__)
-constexpr int vector_bytes = 16;
-constexpr int dot_rows = 6, dot_columns = 4, product_rows = 6, product_vectors = 4;
 #else
-constexpr int vector_bytes = 16;
 constexpr int dot_rows = 3, dot_columns = 3, product_rows = 4, product_vectors = 2;
 #endif
 constexpr int64_t pixel_multiple = 64;
 
-template <typename A>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(vector_bytes), may_alias));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(vector_bytes), may_alias));
-};
-template <typename A>
-using Vector = typename VectorOf<A>::type;
-
-template <typename A>
-constexpr int vector_lanes = vector_bytes / static_cast<int>(sizeof(A));
-
-template <typename A>
-MEDKD_INLINE Vector<A> load(const A* from) {
-  return *reinterpret_cast<const Vector<A>*>(from);
-}
-
-// Integers of the lanes' size, which name lanes in a shuffle.
-template <typename A>
-struct LanesOf;
-template <>
-struct LanesOf<float> {
-  typedef int32_t type __attribute__((vector_size(vector_bytes)));
-};
-template <>
-struct LanesOf<double> {
-  typedef int64_t type __attribute__((vector_size(vector_bytes)));
-};
-
 // Sums of neighbouring lanes: those of a in the lower half, those of b in the upper one.
 template <typename A>
 MEDKD_INLINE Vector<A> add_neighbours(Vector<A> a, Vector<A> b) {
-  constexpr int lanes = vector_lanes<A>;
-#if defined(__clang__)
-  typedef A Pair __attribute__((ext_vector_type(2 * lanes)));
-  Pair both;
-  std::memcpy(&both, &a, sizeof a);
-  std::memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
-  const auto even = both.even, odd = both.odd;
-  Vector<A> x, y;
-  std::memcpy(&x, &even, sizeof x);
-  std::memcpy(&y, &odd, sizeof y);
-  return x + y;
-#else
-  typename LanesOf<A>::type even;
-  for (int l = 0; l < lanes; ++l) even[l] = 2 * l;
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-#endif
+  return pick<A, 0, 2>(a, b) + pick<A, 1, 2>(a, b);
 }
 
 // sum[k] = sum of the lanes of x[k], for as many vectors as a vector has lanes.

@@ -26,11 +26,11 @@ struct Axis {
   const double* upper_weight;  // [full]
 };
 
-// The adjoint of the last axis as a gather: low[j] = sum over k of weight[k][j] * full[start[j] + k].
-struct Taps {
-  int64_t count;
-  const int32_t* start;   // [low]
-  const double* weight;   // [count, low]
+// A band matrix by 16 outputs at a time: output 16 q + o is the sum over k of weight[q][k][o] * input[first[q] + k].
+struct Band {
+  int64_t chunks, depth;
+  const int32_t* first;   // [chunks]
+  const double* weight;   // [chunks, depth, 16]
 };
 
 constexpr int max_terms = 3;  // decoupled_kl: loss, target part, non-target part; class_kl: loss
@@ -47,8 +47,9 @@ struct PixelLoss {
   int64_t ignore_index, images, classes, pixels;
   // Upsampling only. Lines run along the last axis; a line has index z * H + y.
   bool upsampled;
-  Axis z, y, x;
-  Taps taps;
+  Axis z, y;
+  int64_t width, low_width;
+  Band along, back;  // from a low-resolution line to a line, and the adjoint
 };
 
 struct PixelSums {

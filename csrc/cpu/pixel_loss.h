@@ -7,7 +7,7 @@
 //   static void tile(const PixelLoss&, Tile<A>&)   // logits / temperature in, student <- gradient out
 #pragma once
 
-#include "planes.h"
+#include "band.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
@@ -27,9 +27,9 @@ struct Tile {
   bool want_gradient;
 };
 
-// Student and teacher of a tile together fill at most the first-level cache.
+// Student and teacher of a tile stay in the second-level cache, where longer rows save more than the first would.
 inline int64_t tile_pixels(int64_t classes, int64_t size) {
-  const int64_t fitting = 32768 / (2 * classes * size) / lanes * lanes;
+  const int64_t fitting = 65536 / (2 * classes * size) / lanes * lanes;
   return fitting < lanes ? lanes : fitting > max_tile ? max_tile : fitting;
 }
 
@@ -138,21 +138,29 @@ inline Neighbours neighbours(const PixelLoss& loss, int64_t z, int64_t y) {
   return result;
 }
 
+// A class at -infinity is interpolated as a number that no logit reaches (0 times -infinity is no number), and is -infinity
+// again wherever a neighbour had it.
+template <typename A>
+MEDKD_INLINE A finite_absent(A x) {
+  return x < A(-1e30) ? A(-1e30) : x;
+}
+template <typename A>
+MEDKD_INLINE A absent_again(A x) {
+  return x < A(-1e20) ? -infinity<A>() : x;
+}
+
 template <typename Loss, typename A>
 inline void pixel_slab(const PixelLoss& loss, const Slab& slab, PixelSums& sums) {
-  const int64_t classes = loss.classes, width = loss.x.full, low = loss.x.low;
+  const int64_t classes = loss.classes, width = loss.width, low = loss.low_width;
   const int64_t ld = round_up(width, lanes), low_ld = round_up(low, lanes);
   const int64_t size = tile_pixels(classes, sizeof(A));
   const A inverse_temperature = static_cast<A>(1.0 / loss.temperature);
+  const BandWeights<A> along(loss.along), back(loss.back);
   const Scratch<A> scratch(classes * (ld + size + 2 * low_ld));
-  A* line = scratch.get();             // [C, ld]: the interpolated student, then its gradient
-  A* teacher = line + classes * ld;    // [C, size]
+  A* line = scratch.get();                // [C, ld]: the interpolated student, then its gradient
+  A* teacher = line + classes * ld;       // [C, size]
   A* blended = teacher + classes * size;  // [C, low_ld]: the low-resolution lines, blended across z and y
   A* loaded = blended + classes * low_ld;
-  const Scratch<A> upper_weight(ld);
-  for (int64_t x = 0; x < width; ++x) upper_weight.get()[x] = static_cast<A>(loss.x.upper_weight[x]);
-  const Scratch<A> tap_weight(loss.taps.count * low);
-  for (int64_t k = 0; k < loss.taps.count * low; ++k) tap_weight.get()[k] = static_cast<A>(loss.taps.weight[k]);
 
   Tile<A> tile;
   tile.teacher = teacher;
@@ -173,18 +181,11 @@ inline void pixel_slab(const PixelLoss& loss, const Slab& slab, PixelSums& sums)
         for (int64_t c = 0; c < classes; ++c)
           for (int64_t j = 0; j < low; ++j) blended[c * low_ld + j] += loaded[c * low_ld + j];
     }
-    for (int64_t c = 0; c < classes; ++c) {
-      const A* from = blended + c * low_ld;
-      A* to = line + c * ld;
-      for (int64_t x = 0; x < width; ++x) {
-        const int32_t j = loss.x.lower[x];
-        const A upper = upper_weight.get()[x];
-        const bool between = upper > A(0);  // else the neighbour may not exist, and 0 times its -infinity is no number
-        const A next = from[between ? j + 1 : j];
-        to[x] = between ? from[j] * (A(1) - upper) + next * upper : from[j];
-      }
-      for (int64_t x = width; x < ld; ++x) to[x] = A(0);
-    }
+    for (int64_t c = 0; c < classes; ++c)
+      for (int64_t j = 0; j < low; ++j) blended[c * low_ld + j] = finite_absent(blended[c * low_ld + j]);
+    band_product(loss.along, along, classes, blended, low_ld, line, ld);
+    for (int64_t c = 0; c < classes; ++c)
+      for (int64_t x = 0; x < width; ++x) line[c * ld + x] = absent_again(line[c * ld + x]);
     for (int64_t x = 0; x < width; x += size) {
       const int64_t length = width - x < size ? width - x : size;
       const int64_t first = index * width + x;
@@ -195,14 +196,9 @@ inline void pixel_slab(const PixelLoss& loss, const Slab& slab, PixelSums& sums)
       finish_tile<Loss>(loss, slab.image * loss.pixels + first, length, tile, sums);
     }
     if (!tile.want_gradient) continue;
+    band_product(loss.back, back, classes, line, ld, blended, low_ld);
     for (int64_t c = 0; c < classes; ++c) {
-      const A* from = line + c * ld;
-      A* gathered = blended + c * low_ld;
-      for (int64_t j = 0; j < low; ++j) gathered[j] = A(0);
-      for (int64_t k = 0; k < loss.taps.count; ++k) {
-        const A* weight = tap_weight.get() + k * low;
-        for (int64_t j = 0; j < low; ++j) gathered[j] += weight[j] * from[loss.taps.start[j] + k];
-      }
+      const A* gathered = blended + c * low_ld;
       for (int k = 0; k < around.count; ++k) {
         A* to = accumulated + ((around.line[k] - slab.low_begin) * classes + c) * low;
         const A weight = static_cast<A>(around.weight[k]);

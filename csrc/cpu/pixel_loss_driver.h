@@ -26,30 +26,40 @@ struct AxisTables {
   Axis axis(int64_t low) const { return {static_cast<int64_t>(lower.size()), low, lower.data(), upper_weight.data()}; }
 };
 
-struct TapTables {
-  int64_t count = 1;
-  std::vector<int32_t> start;
+// Interpolation along an axis as a band matrix, or its adjoint.
+struct BandTables {
+  std::vector<int32_t> first;
   std::vector<double> weight;
+  int64_t depth = 1;
 
-  TapTables(const AxisTables& axis, int64_t low) : start(low, 0) {
+  BandTables(const AxisTables& axis, int64_t low, bool adjoint) {
     const int64_t full = static_cast<int64_t>(axis.lower.size());
-    std::vector<int32_t> first(low, -1), last(low, -1);
-    for (int64_t i = 0; i < full; ++i)
-      for (int64_t j = axis.lower[i]; j <= axis.lower[i] + (axis.upper_weight[i] > 0 ? 1 : 0); ++j) {
-        if (first[j] < 0) first[j] = static_cast<int32_t>(i);
-        last[j] = static_cast<int32_t>(i);
-      }
-    for (int64_t j = 0; j < low; ++j)
-      if (first[j] >= 0) count = std::max<int64_t>(count, last[j] - first[j] + 1);
-    weight.assign(count * low, 0.0);
-    for (int64_t j = 0; j < low; ++j)
-      start[j] = static_cast<int32_t>(std::min<int64_t>(std::max(first[j], 0), full - count));
-    for (int64_t i = 0; i < full; ++i) {
-      const int64_t j = axis.lower[i];
-      weight[(i - start[j]) * low + j] += 1 - axis.upper_weight[i];
-      if (axis.upper_weight[i] > 0) weight[(i - start[j + 1]) * low + j + 1] += axis.upper_weight[i];
-    }
+    const int64_t inputs = adjoint ? full : low, chunks = ((adjoint ? low : full) + 15) / 16;
+    std::vector<int64_t> last(chunks, 0);
+    first.assign(chunks, static_cast<int32_t>(inputs - 1));
+    // every nonzero entry of the matrix: visit(output, input, weight)
+    auto entries = [&](auto&& visit) {
+      for (int64_t i = 0; i < full; ++i)
+        for (int64_t upper = 0; upper < 2; ++upper) {
+          const double w = upper ? axis.upper_weight[i] : 1 - axis.upper_weight[i];
+          const int64_t j = axis.lower[i] + upper;
+          if (w > 0) adjoint ? visit(j, i, w) : visit(i, j, w);
+        }
+    };
+    entries([&](int64_t output, int64_t input, double) {
+      first[output / 16] = static_cast<int32_t>(std::min<int64_t>(first[output / 16], input));
+      last[output / 16] = std::max(last[output / 16], input);
+    });
+    for (int64_t q = 0; q < chunks; ++q) depth = std::max(depth, last[q] - first[q] + 1);
+    for (int32_t& input : first) input = static_cast<int32_t>(std::max<int64_t>(std::min<int64_t>(input, inputs - depth), 0));
+    weight.assign(chunks * depth * 16, 0.0);
+    entries([&](int64_t output, int64_t input, double w) {
+      const int64_t q = output / 16;
+      weight[(q * depth + input - first[q]) * 16 + output % 16] += w;
+    });
   }
+
+  Band band() const { return {static_cast<int64_t>(first.size()), depth, first.data(), weight.data()}; }
 };
 
 struct PixelLossResult {
@@ -98,11 +108,13 @@ PixelLossResult run_slabs(const char* name, PixelLoss& loss, const PixelLoops& l
   };
   const int64_t low_x = extent(student, 0), low_y = extent(student, 1), low_z = extent(student, 2);
   const AxisTables x(extent(teacher, 0), low_x), y(extent(teacher, 1), low_y), z(extent(teacher, 2), low_z);
-  const TapTables taps(x, low_x);
-  loss.x = x.axis(low_x);
+  const BandTables along(x, low_x, false), back(x, low_x, true);
+  loss.width = extent(teacher, 0);
+  loss.low_width = low_x;
+  loss.along = along.band();
+  loss.back = back.band();
   loss.y = y.axis(low_y);
   loss.z = z.axis(low_z);
-  loss.taps = {taps.count, taps.start.data(), taps.weight.data()};
 
   // slabs along the outermost axis; each holds the gradient of the low-resolution lines that it touches
   const bool volume = loss.z.full > 1;

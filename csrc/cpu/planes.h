@@ -4,6 +4,7 @@
 
 #include "../math/elementary.h"
 #include "isa.h"
+#include "vector.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
@@ -51,20 +52,60 @@ MEDKD_INLINE void narrow(float x, Float16& out) {  // to nearest, ties to even
 MEDKD_INLINE void narrow(double x, BFloat16& out) { narrow(static_cast<float>(x), out); }
 MEDKD_INLINE void narrow(double x, Float16& out) { narrow(static_cast<float>(x), out); }
 
+// Pixels whose channels lie side by side are transposed in registers, a square of lanes × lanes at a time. Squares of fewer
+// channels than lanes reach into the next pixels, so the last pixels of a tile are left to the caller: returns how many
+// were done.
+template <typename A>
+inline int64_t load_transposed(const A* from, int64_t stride, int64_t channels, int64_t length, int64_t ld, A scale,
+                               A* out) {
+  constexpr int64_t lanes = vector_lanes<A>;
+  int64_t p = 0;
+  for (; p + lanes <= length && (p + lanes - 1) * stride + lanes <= (length - 1) * stride + channels; p += lanes)
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int64_t first = c + lanes <= channels || c == 0 ? c : channels - lanes;
+      Vector<A> square[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) square[i] = scale * load_loose(from + (p + i) * stride + first);
+      transpose<A>(square);
+      for (int64_t j = 0; j < lanes && first + j < channels; ++j) store_loose<A>(square[j], out + (first + j) * ld + p);
+    }
+  return p;
+}
+
+// The same back. What a square of few channels writes into the next pixel is overwritten when its turn comes.
+template <typename A>
+inline int64_t store_transposed(const A* in, int64_t ld, int64_t channels, int64_t length, int64_t stride, A* to) {
+  constexpr int64_t lanes = vector_lanes<A>;
+  int64_t p = 0;
+  for (; p + lanes <= length && (p + lanes - 1) * stride + lanes <= (length - 1) * stride + channels; p += lanes)
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int64_t first = c + lanes <= channels || c == 0 ? c : channels - lanes;
+      Vector<A> square[lanes];
+      for (int64_t j = 0; j < lanes; ++j)
+        square[j] = first + j < channels ? load_loose(in + (first + j) * ld + p) : Vector<A>{};
+      transpose<A>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) store_loose<A>(square[i], to + (p + i) * stride + first);
+    }
+  return p;
+}
+
 template <typename T, typename A>
 inline void load_tile_as(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t ld,
                          A scale, A* out) {
   const T* base = static_cast<const T*>(x.data) + image * x.stride_b + first * x.stride_n;
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* row = base + c * x.stride_c;
-    A* tile = out + c * ld;
-    if (x.stride_n == 1) {
-      for (int64_t p = 0; p < length; ++p) tile[p] = static_cast<A>(widen(row[p])) * scale;
-    } else {
-      const int64_t stride = x.stride_n;
-      for (int64_t p = 0; p < length; ++p) tile[p] = static_cast<A>(widen(row[p * stride])) * scale;
-    }
+  if (x.stride_n == 1) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = 0; p < length; ++p) out[c * ld + p] = static_cast<A>(widen(base[c * x.stride_c + p])) * scale;
+    return;
   }
+  int64_t done = 0;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (x.stride_c == 1) done = load_transposed(base, x.stride_n, channels, length, ld, scale, out);
+  }
+  for (int64_t p = done; p < length; ++p)
+    for (int64_t c = 0; c < channels; ++c)
+      out[c * ld + p] = static_cast<A>(widen(base[p * x.stride_n + c * x.stride_c])) * scale;
 }
 
 // out[c, p] = scale * x[image, c, first + p]; pixels in [length, padded) become 0.
@@ -85,16 +126,17 @@ template <typename T, typename A>
 inline void store_tile_as(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t ld,
                           const A* in) {
   T* base = static_cast<T*>(x.data) + image * x.stride_b + first * x.stride_n;
-  for (int64_t c = 0; c < channels; ++c) {
-    T* row = base + c * x.stride_c;
-    const A* tile = in + c * ld;
-    if (x.stride_n == 1) {
-      for (int64_t p = 0; p < length; ++p) narrow(tile[p], row[p]);
-    } else {
-      const int64_t stride = x.stride_n;
-      for (int64_t p = 0; p < length; ++p) narrow(tile[p], row[p * stride]);
-    }
+  if (x.stride_n == 1) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = 0; p < length; ++p) narrow(in[c * ld + p], base[c * x.stride_c + p]);
+    return;
   }
+  int64_t done = 0;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (x.stride_c == 1 && x.stride_n == channels) done = store_transposed(in, ld, channels, length, x.stride_n, base);
+  }
+  for (int64_t p = done; p < length; ++p)
+    for (int64_t c = 0; c < channels; ++c) narrow(in[c * ld + p], base[p * x.stride_n + c * x.stride_c]);
 }
 
 // x[image, c, first + p] = in[c, p]

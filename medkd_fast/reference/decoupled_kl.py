@@ -74,7 +74,9 @@ def prepare(
     s, t = student.to(dtype), teacher.to(dtype)
     if s.shape[2:] != t.shape[2:] and t.numel():
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[s.dim() - 2]
-        s = F.interpolate(s, size=t.shape[2:], mode=mode, align_corners=False)
+        # a class at -inf stays there wherever a neighbour has it; in the interpolation 0 · -inf would be NaN
+        s = F.interpolate(s.clamp(min=-1e30), size=t.shape[2:], mode=mode, align_corners=False)
+        s = torch.where(s < -1e20, -INF, s)
     if weight is None:
         weight = torch.ones(t.shape[0], *t.shape[2:], dtype=dtype, device=t.device)
     if target is not None:

@@ -1,0 +1,123 @@
+// Vectors of the instruction set's width, by the extensions that gcc and clang share, and how they are rearranged.
+#pragma once
+
+#include <utility>
+
+#include "../math/elementary.h"
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+template <typename A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(vector_bytes), may_alias));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(vector_bytes), may_alias));
+};
+template <typename A>
+using Vector = typename VectorOf<A>::type;
+
+template <typename A>
+constexpr int vector_lanes = vector_bytes / static_cast<int>(sizeof(A));
+
+template <typename A>
+MEDKD_INLINE Vector<A> load(const A* from) {
+  return *reinterpret_cast<const Vector<A>*>(from);
+}
+
+// The same at any address.
+template <typename A>
+struct LooseVectorOf;
+template <>
+struct LooseVectorOf<float> {
+  typedef float type __attribute__((vector_size(vector_bytes), may_alias, aligned(4)));
+};
+template <>
+struct LooseVectorOf<double> {
+  typedef double type __attribute__((vector_size(vector_bytes), may_alias, aligned(8)));
+};
+
+template <typename A>
+MEDKD_INLINE Vector<A> load_loose(const A* from) {
+  return *reinterpret_cast<const typename LooseVectorOf<A>::type*>(from);
+}
+
+template <typename A>
+MEDKD_INLINE void store_loose(Vector<A> x, A* to) {
+  *reinterpret_cast<typename LooseVectorOf<A>::type*>(to) = x;
+}
+
+#if !defined(__clang__)
+// Integers of the lanes' size, which name lanes in a shuffle.
+template <typename A>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  typedef int32_t type __attribute__((vector_size(vector_bytes)));
+};
+template <>
+struct LanesOf<double> {
+  typedef int64_t type __attribute__((vector_size(vector_bytes)));
+};
+#endif
+
+// Lanes first, first + step, first + 2 step, ... of a followed by b.
+template <typename A, int first, int step, int... lane>
+MEDKD_INLINE Vector<A> pick_lanes(Vector<A> a, Vector<A> b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (first + step * lane)...);
+#else
+  return __builtin_shuffle(a, b, typename LanesOf<A>::type{(first + step * lane)...});
+#endif
+}
+template <typename A, int first, int step>
+MEDKD_INLINE Vector<A> pick(Vector<A> a, Vector<A> b) {
+  return pick_lanes<A, first, step>(a, b, std::make_integer_sequence<int, vector_lanes<A>>());
+}
+
+// a's and b's lanes in turn, from lane `first` on.
+template <typename A, int first, int... lane>
+MEDKD_INLINE Vector<A> zip_lanes(Vector<A> a, Vector<A> b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * vector_lanes<A>)...);
+#else
+  return __builtin_shuffle(a, b, typename LanesOf<A>::type{(first + lane / 2 + lane % 2 * vector_lanes<A>)...});
+#endif
+}
+template <typename A, int first>
+MEDKD_INLINE Vector<A> zip(Vector<A> a, Vector<A> b) {
+  return zip_lanes<A, first>(a, b, std::make_integer_sequence<int, vector_lanes<A>>());
+}
+
+// x[i][j] becomes x[j][i]: every round of zipping the first half of the rows with the second moves one bit of the index.
+template <typename A>
+MEDKD_INLINE void transpose(Vector<A>* x) {
+  constexpr int lanes = vector_lanes<A>;
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    Vector<A> y[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      y[2 * i] = zip<A, 0>(x[i], x[i + lanes / 2]);
+      y[2 * i + 1] = zip<A, lanes / 2>(x[i], x[i + lanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) x[i] = y[i];
+  }
+}
+
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd
