@@ -9,15 +9,15 @@
 namespace medkd {
 namespace MEDKD_ISA {
 
-// Pixels by their norms. Squares of eight channels are added at a time: fewer passes over `squares`, less rounding.
+// Squares of eight channels are added at a time: fewer passes over `squares`, less rounding.
 template <typename A>
 inline void pixel_norms(const A* x, int64_t channels, int64_t padded, int64_t ld, A* __restrict inverse,
                         A* __restrict turns) {
-  A* __restrict squares = turns;
+  A* squares = inverse;  // until they are all there
   for (int64_t p = 0; p < padded; ++p) squares[p] = A(0);
   int64_t c = 0;
   for (; c + 8 <= channels; c += 8) {
-    const A* __restrict row = x + c * ld;
+    const A* row = x + c * ld;
     for (int64_t p = 0; p < padded; ++p) {
       A sum = A(0);
 #pragma GCC unroll 8
@@ -26,12 +26,12 @@ inline void pixel_norms(const A* x, int64_t channels, int64_t padded, int64_t ld
     }
   }
   for (; c < channels; ++c) {
-    const A* __restrict row = x + c * ld;
+    const A* row = x + c * ld;
     for (int64_t p = 0; p < padded; ++p) squares[p] += row[p] * row[p];
   }
   for (int64_t p = 0; p < padded; ++p) {
     const PixelNorm<A> norm = pixel_norm(squares[p]);
-    inverse[p] = norm.inverse;
+    squares[p] = norm.inverse;
     turns[p] = norm.turns;
   }
 }
@@ -65,10 +65,14 @@ inline PixelBlock<A> pixel_block(const Relation& relation, int64_t block, A* scr
 
 template <typename A>
 inline void load_normalised(const Relation& relation, const Planes& x, int64_t image, int64_t first, int64_t channels,
-                            int64_t length, const PixelBlock<A>& block, A* rows, A* inverse, A* turns) {
-  load_block(relation, x, image, first, channels, length, block.padded, block.ld, rows);
-  for (int64_t k = channels * block.ld; k < block.channels * block.ld; ++k) rows[k] = A(0);
-  pixel_norms(rows, channels, block.padded, block.ld, inverse, turns);
+                            int64_t length, int64_t padded, const PixelBlock<A>& block, A* rows, A* inverse, A* turns) {
+  load_block(relation, x, image, first, channels, length, padded, block.ld, rows);
+  pixel_norms(rows, channels, padded, block.ld, inverse, turns);
+  const A* __restrict factor = inverse;
+  for (int64_t c = 0; c < block.channels; ++c) {
+    A* __restrict row = rows + c * block.ld;
+    for (int64_t p = 0; p < padded; ++p) row[p] = c < channels ? row[p] * factor[p] : A(0);
+  }
 }
 
 template <typename A>
@@ -76,19 +80,25 @@ inline void load_pixels(const Relation& relation, int64_t image, int64_t first, 
   block.padded = round_up(length, pixel_multiple);
   A* student = block.rows;
   A* teacher = block.rows + block.channels * block.ld;
-  load_normalised(relation, relation.student, image, first, relation.student_channels, length, block, student,
-                  block.inverse_s, block.turns_s);
-  load_normalised(relation, relation.teacher, image, first, relation.teacher_channels, length, block, teacher,
-                  block.inverse_t, block.turns_t);
-  const A* __restrict inverse_s = block.inverse_s;
-  const A* __restrict inverse_t = block.inverse_t;
-  for (int64_t c = 0; c < block.channels; ++c) {
-    A* __restrict a = student + c * block.ld;
-    A* __restrict b = teacher + c * block.ld;
-    for (int64_t p = 0; p < block.padded; ++p) {
-      const A s = a[p] * inverse_s[p], t = b[p] * inverse_t[p];
-      a[p] = s - t;
-      b[p] = s + t;
+  // as many pixels at a time as stay in the first-level cache
+  const int64_t fitting = 8192 / (2 * block.channels) / pixel_multiple * pixel_multiple;
+  const int64_t step = fitting < pixel_multiple ? pixel_multiple : fitting;
+  for (int64_t q = 0; q < length; q += step) {
+    const int64_t some = length - q < step ? length - q : step, padded = round_up(some, pixel_multiple);
+    load_normalised(relation, relation.student, image, first + q, relation.student_channels, some, padded, block,
+                    student + q, block.inverse_s + q, block.turns_s + q);
+    load_normalised(relation, relation.teacher, image, first + q, relation.teacher_channels, some, padded, block,
+                    teacher + q, block.inverse_t + q, block.turns_t + q);
+    // S and T were rounded to memory alike. Were they products in this loop, one of them would go into a fused
+    // multiply-subtract unrounded, and equal features would differ.
+    for (int64_t c = 0; c < block.channels; ++c) {
+      A* __restrict a = student + c * block.ld + q;
+      A* __restrict b = teacher + c * block.ld + q;
+      for (int64_t p = 0; p < padded; ++p) {
+        const A s = a[p], t = b[p];
+        a[p] = s - t;
+        b[p] = s + t;
+      }
     }
   }
 }

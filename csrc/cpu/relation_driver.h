@@ -17,6 +17,9 @@ struct RelationPlan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Tasks that are worth waking a thread for, when one is `operations` multiply-adds. It does not change what a task does.
+inline int64_t grain(int64_t operations) { return ceil_div(1 << 20, std::max<int64_t>(operations, 1)); }
+
 // Adds the other slots of an image to its first, and copies the upper triangles to the lower ones.
 inline void finish_sums(double* sums, int64_t slots, const RelationPlan& plan) {
   const int64_t n = plan.n, size = plan.squares * n * n;
@@ -49,7 +52,9 @@ void sum_over_pixels(const Relation& relation, const RelationLoops<A>& loops, co
   const std::unique_ptr<double[]> sums(new double[static_cast<std::size_t>(images_at_once * slots_per_image * size)]);
   for (int64_t first_image = 0; first_image < plan.images; first_image += images_at_once) {
     const int64_t images = std::min(images_at_once, plan.images - first_image);
-    torch::stable::parallel_for(0, images * slots_per_image * parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t tasks = images * slots_per_image * parts;
+    const int64_t operations = std::min(blocks_per_slot * block, plan.pixels) * part_rows * plan.n / 2;
+    torch::stable::parallel_for(0, tasks, grain(operations), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t slot = task / parts, turn = task % parts;
         // early rows have more entries than late ones: from both ends in turn, so that any half is half of the work
@@ -62,7 +67,8 @@ void sum_over_pixels(const Relation& relation, const RelationLoops<A>& loops, co
         loops.sums(relation, {first_image + slot / slots_per_image, first, last, block, first_row, last_row}, mine);
       }
     });
-    torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    // an entry costs about as much as 16 of the vectorised multiply-adds
+    torch::stable::parallel_for(0, images, grain(16 * size), [&](int64_t begin, int64_t end) {
       for (int64_t image = begin; image < end; ++image) {
         double* total = sums.get() + image * slots_per_image * size;
         finish_sums(total, slots_per_image, plan);
@@ -76,7 +82,7 @@ void sum_over_pixels(const Relation& relation, const RelationLoops<A>& loops, co
 inline std::vector<int64_t> count_valid(const Relation& relation, int64_t images) {
   std::vector<int64_t> valid(images, relation.pixels);
   if (relation.mask != nullptr)
-    torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, images, grain(relation.pixels), [&](int64_t begin, int64_t end) {
       for (int64_t image = begin; image < end; ++image) {
         const uint8_t* mask = relation.mask + image * relation.pixels;
         valid[image] = relation.pixels - std::count(mask, mask + relation.pixels, uint8_t{0});
@@ -142,7 +148,8 @@ Tensor relation_gradient(RelationCall& call, const RelationLoops<A>& loops, cons
   const int64_t factor_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
   const int64_t matrix_size = matrix.size(1) * matrix.size(2);
   const int64_t parts = ceil_div(call.relation.pixels, part);
-  torch::stable::parallel_for(0, call.images * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t operations = std::min(part, call.relation.pixels) * matrix_size;
+  torch::stable::parallel_for(0, call.images * parts, grain(operations), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / parts, first = task % parts * part;
       const int64_t last = std::min(first + part, call.relation.pixels);
