@@ -39,9 +39,9 @@ class Length:
     steps: int = 50
 
 
-# chosen on seeds 11, 12 and 13; the demo shows seed 0
+# widths, rate and weights were chosen on the seeds 11 (teacher), 21 and 22 (students); the demo shows seed 0 by default
 FULL = Length(teacher_epochs=16, student_epochs=16, timing_rounds=3)
-QUICK = Length(teacher_epochs=4, student_epochs=4, timing_rounds=1)
+QUICK = Length(teacher_epochs=3, student_epochs=3, timing_rounds=1)
 
 
 def stages(out: Path, length: Length, seed: int) -> dict[str, tuple[Path, RunConfig]]:
