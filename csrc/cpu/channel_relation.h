@@ -39,7 +39,7 @@ inline void channel_gradient(const Relation& relation, const RelationPart& part,
     const int64_t padded = round_up(length, pixel_multiple);
     load_block(relation, relation.student, part.image, first, channels, length, padded, ld, x);
     product(matrix, channels, channels, x, ld, padded, factor, out);
-    store_block(relation.gradient, part.image, first, channels, length, ld, out);
+    store_tile(relation.gradient, part.image, first, channels, length, ld, out);
   }
 }
 

@@ -143,7 +143,7 @@ inline void pixel_gradient(const Relation& relation, const RelationPart& part, c
       A* __restrict g = out + c * ld;
       for (int64_t p = 0; p < block.padded; ++p) g[p] = (g[p] - (a[p] + b[p]) * along[p]) * inverse[p];
     }
-    store_block(relation.gradient, part.image, first, channels, length, ld, out);
+    store_tile(relation.gradient, part.image, first, channels, length, ld, out);
   }
 }
 

@@ -14,27 +14,13 @@ inline int64_t block_ld(int64_t pixels) { return round_up(pixels, pixel_multiple
 template <typename A>
 inline void load_block(const Relation& relation, const Planes& x, int64_t image, int64_t first, int64_t channels,
                        int64_t length, int64_t padded, int64_t ld, A* out) {
-  // Of channels_last features a few pixels at a time, so that the lines last in the cache from channel to channel.
-  const int64_t step = x.stride_n == 1 ? length : 32;
-  for (int64_t p = 0; p < length; p += step) {
-    const int64_t some = length - p < step ? length - p : step;
-    load_tile(x, image, first + p, channels, some, some, ld, A(1), out + p);
-  }
+  load_tile(x, image, first, channels, length, padded, ld, A(1), out);
   const uint8_t* mask = relation.mask == nullptr ? nullptr : relation.mask + image * relation.pixels + first;
-  for (int64_t c = 0; c < channels; ++c) {
-    A* row = out + c * ld;
-    if (mask != nullptr)
+  if (mask != nullptr)
+    for (int64_t c = 0; c < channels; ++c) {
+      A* row = out + c * ld;
       for (int64_t p = 0; p < length; ++p) row[p] = mask[p] != 0 ? row[p] : A(0);
-    for (int64_t p = length; p < padded; ++p) row[p] = A(0);
-  }
-}
-
-template <typename A>
-inline void store_block(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t ld,
-                        const A* in) {
-  const int64_t step = x.stride_n == 1 ? length : 32;
-  for (int64_t p = 0; p < length; p += step)
-    store_tile(x, image, first + p, channels, length - p < step ? length - p : step, ld, in + p);
+    }
 }
 
 }  // namespace MEDKD_ISA

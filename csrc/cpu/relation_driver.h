@@ -34,9 +34,11 @@ inline void finish_sums(double* sums, int64_t slots, const RelationPlan& plan) {
 template <typename A, typename Finish>
 void sum_over_pixels(const Relation& relation, const RelationLoops<A>& loops, const RelationPlan& plan,
                      const Finish& finish) {
-  constexpr int64_t slot_memory = 1 << 17;  // doubles in all slots together, unless a single one is larger
   constexpr int64_t most_slots = 64;
   if (plan.images == 0) return;
+  // all slots together take a quarter of the student's memory in fp32, or what a single one needs
+  const int64_t elements = plan.images * plan.pixels * relation.student_channels;
+  const int64_t slot_memory = std::clamp<int64_t>(elements / 8, 1 << 16, 1 << 20);
   const int64_t rows = plan.squares * plan.n, size = rows * plan.n;
   // a block fits the second-level cache; long ones make the sums at their end cheap
   const int64_t block = std::clamp<int64_t>((1 << 17) / plan.block_rows / 64 * 64, 256, 1024);
@@ -137,7 +139,9 @@ struct RelationCall {
 template <typename A>
 Tensor relation_gradient(RelationCall& call, const RelationLoops<A>& loops, const Tensor& student, const Tensor& matrix,
                          const Tensor& upstream) {
-  constexpr int64_t block = 256, part = 8 * block;
+  // long enough for the memory that rows come from and go to, short enough for the second-level cache
+  const int64_t block = std::clamp<int64_t>((1 << 15) / (matrix.size(1) + matrix.size(2)) / 64 * 64, 64, 256);
+  constexpr int64_t part = 2048;
   Tensor gradient = torch::stable::empty_like(student);
   // a layout without one stride from pixel to pixel is written by way of a contiguous tensor
   const bool direct = pixel_stride(gradient) != 0;
