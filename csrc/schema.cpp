@@ -13,11 +13,14 @@ STABLE_TORCH_LIBRARY(medkd_fast, m) {
   // Outputs: loss [] or [B], and the matrix [B, C, C] whose product with the student is the gradient; the backward
   // multiplies by upstream [] or [B].
   m.def(
-      "channel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) -> (Tensor loss, Tensor matrix)");
+      "channel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) "
+      "-> (Tensor loss, Tensor matrix)");
   m.def(
       "channel_relation_backward_cpp(Tensor student, Tensor? mask, Tensor matrix, Tensor upstream) -> Tensor gradient");
-  // The same with [B, student channels, 2 * max(channels)], for the stacked difference and sum of the normalised features.
-  m.def("pixel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) -> (Tensor loss, Tensor matrix)");
+  // The same with [B, student channels, 2 * max(channels)], for the stacked difference and sum of normalised features.
+  m.def(
+      "pixel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) "
+      "-> (Tensor loss, Tensor matrix)");
   m.def(
       "pixel_relation_backward_cpp(Tensor student, Tensor teacher, Tensor? mask, Tensor matrix, Tensor upstream) "
       "-> Tensor gradient");

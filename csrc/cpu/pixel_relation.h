@@ -1,5 +1,5 @@
-// pixel_relation: with S and T the features divided by each pixel's norm, A = S - T and B = S + T, the products of every
-// two rows of [A; B] summed over pixels, and a small matrix times [A; B]. What happens between the two is in
+// pixel_relation: with S and T the features divided by each pixel's norm, A = S - T and B = S + T, the products of
+// every two rows of [A; B] summed over pixels, and a small matrix times [A; B]. What happens between the two is in
 // pixel_relation.cpp; the derivation in medkd_fast/reference/pixel_relation.py.
 #pragma once
 
@@ -36,8 +36,8 @@ inline void pixel_norms(const A* x, int64_t channels, int64_t padded, int64_t ld
   }
 }
 
-// A block of [A; B] in scratch memory. Each has as many channels as the wider of student and teacher; in the narrower one
-// the others are 0.
+// A block of [A; B] in scratch memory. Each has as many channels as the wider of student and teacher; in the narrower
+// one the others are 0.
 template <typename A>
 struct PixelBlock {
   int64_t channels, ld, padded;
@@ -122,7 +122,7 @@ inline void pixel_gradient(const Relation& relation, const RelationPart& part, c
   const Scratch<A> scratch(pixel_block_size(relation, part.block) + (channels + 1) * ld);
   PixelBlock<A> block = pixel_block(relation, part.block, scratch.get());
   A* out = scratch.get() + pixel_block_size(relation, part.block);
-  A* __restrict along = out + channels * ld;  // half of the gradient's share along the normalised student, S = (A + B) / 2
+  A* __restrict along = out + channels * ld;  // half of the gradient's share along S = (A + B) / 2
   for (int64_t first = part.begin; first < part.end; first += part.block) {
     const int64_t length = part.end - first < part.block ? part.end - first : part.block;
     load_pixels(relation, part.image, first, length, block);

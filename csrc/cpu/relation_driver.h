@@ -17,7 +17,7 @@ struct RelationPlan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tasks that are worth waking a thread for, when one is `operations` multiply-adds. It does not change what a task does.
+// Tasks that are worth waking a thread for, when one is `operations` multiply-adds. What a task does stays the same.
 inline int64_t grain(int64_t operations) { return ceil_div(1 << 20, std::max<int64_t>(operations, 1)); }
 
 // Adds the other slots of an image to its first, and copies the upper triangles to the lower ones.
@@ -104,7 +104,8 @@ inline std::vector<double> image_weights(const std::vector<int64_t>& valid, cons
 
 // The loss [] or [B] from the images' weighted values.
 template <typename A>
-Tensor reduce_images(const Tensor& like, const std::vector<double>& values, const std::string& reduction, ScalarType type) {
+Tensor reduce_images(const Tensor& like, const std::vector<double>& values, const std::string& reduction,
+                     ScalarType type) {
   if (reduction != "none") {
     double sum = 0;
     for (double value : values) sum += value;
@@ -145,7 +146,8 @@ Tensor relation_gradient(RelationCall& call, const RelationLoops<A>& loops, cons
   Tensor gradient = torch::stable::empty_like(student);
   // a layout without one stride from pixel to pixel is written by way of a contiguous tensor
   const bool direct = pixel_stride(gradient) != 0;
-  Tensor written = direct ? gradient : new_like(student, {student.sizes().begin(), student.sizes().end()}, student.scalar_type());
+  const std::vector<int64_t> size(student.sizes().begin(), student.sizes().end());
+  Tensor written = direct ? gradient : new_like(student, size, student.scalar_type());
   call.relation.gradient = planes_of(written, call.holder);
   const A* matrices = static_cast<const A*>(matrix.data_ptr());
   const A* factors = static_cast<const A*>(upstream.data_ptr());

@@ -1,5 +1,5 @@
-// channel_relation between its two passes over the pixels: from the channels' products to the value and to the matrix that
-// the student is multiplied with. Derivation: medkd_fast/reference/channel_relation.py.
+// channel_relation between its two passes over the pixels: from the channels' products to the value and to the matrix
+// that the student is multiplied with. Derivation: medkd_fast/reference/channel_relation.py.
 #pragma once
 
 #include "elementary.h"
@@ -17,8 +17,8 @@ MEDKD_INLINE void inverse_channel_norms(const double* products, int64_t channels
   }
 }
 
-// Row c of the matrix: gradient[c, p] = sum over k of row[k] student[k, p], times `scale` for the sum over all entries of
-// (relation of the student - relation of the teacher)^2, of which this row's share is returned.
+// Row c of the matrix: gradient[c, p] = sum over k of row[k] student[k, p], times `scale` for the sum over all entries
+// of (relation of the student - relation of the teacher)^2, of which this row's share is returned.
 template <typename A>
 MEDKD_INLINE double channel_row(const double* student, const double* teacher, const double* inverse_s,
                                 const double* inverse_t, int64_t channels, int64_t c, double scale, A* row) {

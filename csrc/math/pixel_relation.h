@@ -23,9 +23,9 @@ MEDKD_INLINE PixelNorm<A> pixel_norm(A squares) {
   return {A(1) / (norm < smallest ? smallest : norm), norm < smallest ? A(0) : A(1)};
 }
 
-// Row i of the matrix for [A; B] from their products [2C, 2C], both triangles: the gradient for the normalised student is
-// the matrix times [A; B], times `scale` for the sum over all entries of the squared differences, of which this row's share
-// is returned.
+// Row i of the matrix for [A; B] from their products [2C, 2C], both triangles: the gradient for the normalised student
+// is the matrix times [A; B], times `scale` for the sum over all entries of the squared differences, of which this
+// row's share is returned.
 template <typename A>
 MEDKD_INLINE double pixel_row(const double* products, int64_t channels, int64_t i, double scale, A* row) {
   const int64_t ld = 2 * channels;
