@@ -51,9 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
 @app.command()
 def demo(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A fifth of the training: under 2 minutes on 2 cores.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few epochs: under 2 minutes on 2 cores.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the demo's runs, figures and pictures.")] = Path("runs/demo"),
     seed: Seed = 0,
 ) -> None:
