@@ -140,6 +140,11 @@ def test_layouts_give_the_same_bits(loss: Loss, backend: str, shape: tuple[int, 
     value, gradient = value_and_gradient(lambda x: loss(x[inner], teacher, target), large)
     assert_close(value, want, tolerance)
     assert_close(gradient[inner], want_gradient, tolerance)
+    # dense, but not in the order of its dimensions
+    turned = student.transpose(2, 3).contiguous().transpose(2, 3)
+    value, gradient = value_and_gradient(lambda x: loss(x, teacher, target), turned)
+    assert_close(value, want, tolerance)
+    assert_close(gradient, want_gradient, tolerance)
     one = teacher[:1].expand_as(teacher)
     assert torch.equal(loss(student, one, target), loss(student, one.contiguous(), target))
 

@@ -191,8 +191,8 @@ PixelLossOutputs run_pixel_loss(const PixelLossSettings& settings, const PixelLo
   loss.pixels = pixels_of(teacher);
   loss.student = planes_of(student, holder);
   loss.teacher = planes_of(teacher, holder);
-  Tensor gradient = need_gradient ? torch::stable::empty_like(student) : new_like(student, {0}, student.scalar_type());
-  if (need_gradient) loss.gradient = planes_of(gradient, holder);
+  const Gradient gradient(need_gradient ? student : new_like(student, {0}, student.scalar_type()));
+  if (need_gradient) loss.gradient = planes_of(gradient.written, holder);
   loss.target = target ? target->data_ptr() : nullptr;
   if (target) loss.target_type = type_of(*target);
   loss.weight = weight ? weight->data_ptr() : nullptr;
@@ -203,7 +203,6 @@ PixelLossOutputs run_pixel_loss(const PixelLossSettings& settings, const PixelLo
 
   const ScalarType type = arithmetic_type(student, teacher);
   PixelLossOutputs outputs;
-  outputs.gradient = gradient;
   if (reduction == "none") {
     std::vector<int64_t> size = {loss.images};
     for (int64_t d = 2; d < teacher.dim(); ++d) size.push_back(teacher.size(d));
@@ -219,6 +218,7 @@ PixelLossOutputs run_pixel_loss(const PixelLossSettings& settings, const PixelLo
                                      : run_ranges(settings.name, loss, loops);
   const double scale = reduction != "mean" ? 1.0 : result.denominator != 0 ? 1.0 / result.denominator : 0.0;
   outputs.scale = scalar<A>(student, scale, type);
+  outputs.gradient = gradient.finish();
   if (reduction != "none")
     for (int term = 0; term < settings.terms; ++term)
       outputs.term.push_back(scalar<A>(student, scale == 0 ? 0.0 : result.term[term] * scale, type));

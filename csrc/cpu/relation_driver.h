@@ -143,12 +143,8 @@ Tensor relation_gradient(RelationCall& call, const RelationLoops<A>& loops, cons
   // long enough for the memory that rows come from and go to, short enough for the second-level cache
   const int64_t block = std::clamp<int64_t>((1 << 15) / (matrix.size(1) + matrix.size(2)) / 64 * 64, 64, 256);
   constexpr int64_t part = 2048;
-  Tensor gradient = torch::stable::empty_like(student);
-  // a layout without one stride from pixel to pixel is written by way of a contiguous tensor
-  const bool direct = pixel_stride(gradient) != 0;
-  const std::vector<int64_t> size(student.sizes().begin(), student.sizes().end());
-  Tensor written = direct ? gradient : new_like(student, size, student.scalar_type());
-  call.relation.gradient = planes_of(written, call.holder);
+  const Gradient gradient(student);
+  call.relation.gradient = planes_of(gradient.written, call.holder);
   const A* matrices = static_cast<const A*>(matrix.data_ptr());
   const A* factors = static_cast<const A*>(upstream.data_ptr());
   const int64_t factor_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
@@ -163,8 +159,7 @@ Tensor relation_gradient(RelationCall& call, const RelationLoops<A>& loops, cons
                      factors[image * factor_stride]);
     }
   });
-  if (!direct) torch::stable::copy_(gradient, written);
-  return gradient;
+  return gradient.finish();
 }
 
 }  // namespace medkd

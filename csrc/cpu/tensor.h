@@ -78,6 +78,24 @@ inline Tensor new_like(const Tensor& x, const std::vector<int64_t>& size, Scalar
   return torch::stable::new_empty(x, size, type);
 }
 
+// A gradient laid out as x, and the planes that a kernel writes: its own, or, where x's pixels have no single stride, those
+// of a contiguous tensor that is copied over in the end.
+struct Gradient {
+  Tensor result, written;
+
+  explicit Gradient(const Tensor& x) : result(torch::stable::empty_like(x)), written(result) {
+    if (pixel_stride(result) == 0) written = new_like(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+  }
+
+  Tensor finish() const {
+    if (written.get() != result.get()) {
+      Tensor target = result;
+      torch::stable::copy_(target, written);
+    }
+    return result;
+  }
+};
+
 template <typename A>
 Tensor scalar(const Tensor& like, double value, ScalarType type) {
   Tensor out = new_like(like, {}, type);

@@ -79,17 +79,28 @@ class CPKDLoss(nn.Module):
         """student, teacher: maps [B, C, *S]. The target is taken for uniformity: relations need no labels."""
         student, teacher = to_common_size(student, teacher)
         loss = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
-        settings = {"relation": self.relation, "divergence": self.divergence, "temperature": self.temperature}
         parts = {}
         if self.channel_weight:
-            parts["channel"] = functional.channel_relation(self._adapted(student, teacher), teacher, **settings)
+            parts["channel"] = functional.channel_relation(
+                self._adapted(student, teacher),
+                teacher,
+                relation=self.relation,
+                divergence=self.divergence,
+                temperature=self.temperature,
+            )
             loss = loss + self.channel_weight * parts["channel"]
         if self.pixel_weight:
             if self.pool is not None and self.pool > 1:
                 pool = POOL[student.dim() - 2]
                 size = self.pool
                 student, teacher = (pool(x, size, ceil_mode=True, count_include_pad=False) for x in (student, teacher))
-            parts["pixel"] = functional.pixel_relation(student, teacher, **settings)
+            parts["pixel"] = functional.pixel_relation(
+                student,
+                teacher,
+                relation=self.relation,
+                divergence=self.divergence,
+                temperature=self.temperature,
+            )
             loss = loss + self.pixel_weight * parts["pixel"]
         self.parts = {name: part.detach() for name, part in parts.items()}
         return loss

@@ -107,7 +107,10 @@ class DMDLoss(nn.Module):
         loss = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
         parts = {}
         if self.feature_weight:
-            scales = [self._feature_term(project(x), teacher, target) for project, x in zip(self.projectors, features, strict=True)]
+            scales = [
+                self._feature_term(project(x), teacher, target)
+                for project, x in zip(self.projectors, features, strict=True)
+            ]
             parts["features"] = torch.stack(scales).mean()
             loss = loss + self.feature_weight * parts["features"]
         if self.logit_weight and self.decoupled:
