@@ -6,13 +6,14 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench numerics clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo   train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
 	@echo 'make test   run the tests'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make bench  microbenchmarks'
+	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
 	@echo 'make clean  remove what the others made'
 
 .venv/pip-$(KEY):
@@ -44,6 +45,9 @@ lint: .venv/test-$(KEY)
 
 bench: .venv/test-$(KEY)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+numerics: .venv/test-$(KEY)
+	$(BIN)/python tests/numerics.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache medkd_fast/*.so medkd_fast/_build.json

@@ -1,0 +1,27 @@
+"""The numerical contract, asserted: see numerics.py for what is measured and why a limit is what it is."""
+
+from __future__ import annotations
+
+import pytest
+from numerics import CONTRACT, DOCUMENT, DTYPES, POINTS, SETTINGS, limits, measure
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_contract(cpp: None, name: str, point: str, dtype: str) -> None:
+    row = measure(SETTINGS[name], point, DTYPES[dtype])
+    limit = limits(point, DTYPES[dtype], row.plain)
+    assert row.fused.value <= limit.value, f"value: {row} is above {limit}"
+    assert row.fused.gradient <= limit.gradient, f"gradient: {row} is above {limit}"
+    assert row.lowest >= -CONTRACT["converged"].value, f"a divergence is not negative beyond rounding: {row}"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_document_is_complete(name: str) -> None:
+    # not byte by byte: the figures are one machine's, and the last digit moves with the instruction set
+    sections = dict(part.split("\n", 1) for part in DOCUMENT.read_text().split("\n## ")[1:])
+    assert name in sections, "docs/numerics.md has no such section: run `make numerics`"
+    for point in POINTS:
+        for dtype in DTYPES:
+            assert f"| {point} | {dtype} |" in sections[name], f"no line for {point}, {dtype}: run `make numerics`"
