@@ -1,8 +1,7 @@
-"""What the machine can do, measured in the same run as the operators, and how much memory a call takes."""
+"""What the machine can do, measured in the same run as the operators."""
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import re
 import statistics
@@ -53,21 +52,3 @@ def exp_rate() -> float:
     x = -torch.rand(1 << 17)
     out = torch.empty_like(x)
     return x.numel() / median_seconds(lambda: torch.exp(x, out=out), rounds=200)
-
-
-def _status(field: str) -> int:
-    match = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert match, f"/proc/self/status has no {field}"
-    return int(match.group(1)) * 1024
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """How far the process's resident memory rises above where it stood while `function` runs."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: blocks from 64 kB go back to the system when they are freed
-    function()
-    libc.malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    function()
-    return max(_status("VmHWM") - before, 0)

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-import machine
+import memory
 import pytest
 import torch
 from works import WORKS
@@ -36,8 +36,8 @@ def test_operator(key: str, benchmark, limits: dict[str, float]) -> None:
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
         calls[f"{kind} eager"] = lambda f=function, a=args: step(work.student, lambda: f(*a))
         calls[f"{kind} compiled"] = lambda f=compiled, a=args: step(work.student, lambda: f(*a))
-    peak = {name: machine.peak_bytes(call) for name, call in calls.items()}
-    for call in calls.values():  # warm
+    for call in calls.values():  # compiles, and warms up
+        call()
         call()
 
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -71,7 +71,7 @@ def test_operator(key: str, benchmark, limits: dict[str, float]) -> None:
         work=work.name,
         milliseconds={name: quantiles(values) for name, values in times.items()},
         ratio={name: {q: v / 1e3 for q, v in quantiles(values).items()} for name, values in ratios.items()},
-        peak_bytes=peak,
+        peak_bytes=memory.measure(key),
         input_bytes=work.largest_input,
         limit_milliseconds=bound[binding] * 1e3,
         limit_binds=binding,
