@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
 import medkd_fast
@@ -198,11 +199,12 @@ def test_nothing_valid_is_zero(loss: Loss, backend: str, reduction: str, low) ->
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4)], ids=["no images", "no pixels"])
-def test_empty_inputs_are_zero(loss: Loss, backend: str, shape: tuple[int, ...]) -> None:
-    student, teacher = torch.zeros(shape), torch.zeros(shape)
+@pytest.mark.parametrize("low", [4, 2], ids=["same size", "upsampled"])
+def test_empty_inputs_are_zero(loss: Loss, backend: str, shape: tuple[int, ...], low: int) -> None:
+    student, teacher = torch.zeros(*shape[:3], low), torch.zeros(shape)
     target = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
     value, gradient = value_and_gradient(lambda x: loss(x, teacher, target), student)
-    assert value == 0 and gradient.shape == shape
+    assert value == 0 and gradient.shape == student.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
@@ -261,6 +263,28 @@ def test_class_absent_in_one_network(loss: Loss, backend: str) -> None:
     lacking = student.clone()
     lacking[:, 3] = -torch.inf
     assert loss(lacking, teacher, target) == torch.inf
+
+
+def test_teacher_without_any_class_but_the_label(loss: Loss, backend: str) -> None:
+    student, teacher, target = sample((1, 2, 5, 7))
+    target[:] = 1
+    lacking = teacher.masked_fill(torch.tensor([True, loss is _class]).view(1, 2, 1, 1), -torch.inf)
+    value, gradient = value_and_gradient(lambda x: loss(x, lacking, target), student)
+    # nothing to match among the other classes: with the two parts of decoupled_kl, only the label's remains
+    if loss is _class:
+        assert value == 0 and (gradient == 0).all()
+    else:
+        want = 0.7 * 16 * F.softplus(-(student[:, 1] - student[:, 0]) / 4)
+        assert_close(value, want.mean(), 1e-14)
+        assert_close(gradient[:, 1], -0.7 * 4 / 35 * torch.sigmoid(-(student[:, 1] - student[:, 0]) / 4), 1e-14)
+        assert_close(gradient[:, 0], -gradient[:, 1], 1e-14)
+
+
+def test_student_without_any_class_but_the_label(loss: Loss, backend: str) -> None:
+    student, teacher, target = sample((1, 2, 5, 7))
+    target[:] = 1
+    student[:, 0] = -torch.inf
+    assert loss(student, teacher, target) == torch.inf
 
 
 def test_upstream_gradients(loss: Loss, backend: str) -> None:

@@ -54,7 +54,8 @@ struct ClassKL {
       const A weight = tile.weight[p] * temperature;
       const bool valid = tile.label[p] >= 0;
       tile.value[0][p] = valid ? weight * temperature * divergence(sum_s[p], sum_t[p], weighted[p]) : A(0);
-      scale_s[p] = sum_s[p] > A(0) ? weight / sum_s[p] : A(0);
+      // no class in the teacher: the value is constantly 0
+      scale_s[p] = sum_s[p] > A(0) && sum_t[p] != A(0) ? weight / sum_s[p] : A(0);
       scale_t[p] = sum_t[p] > A(0) ? weight / sum_t[p] : A(0);
     }
     if (!tile.want_gradient) return;

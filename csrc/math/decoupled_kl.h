@@ -61,8 +61,9 @@ MEDKD_INLINE Coefficients<A> decoupled_coefficients(A sum_s, A sum_t, A target_g
                                                     A nontarget_weight, A scale) {
   const A inverse_s = sum_s > A(0) ? scale / sum_s : A(0);
   const A inverse_t = sum_t > A(0) ? scale / sum_t : A(0);
-  return {scale * target_weight * target_gradient,
-          (nontarget_weight - target_weight * target_gradient) * inverse_s, -nontarget_weight * inverse_t};
+  const A nontarget = sum_t == A(0) ? A(0) : nontarget_weight;  // no class in the teacher: that part is constantly 0
+  return {scale * target_weight * target_gradient, (nontarget - target_weight * target_gradient) * inverse_s,
+          -nontarget_weight * inverse_t};
 }
 
 }  // namespace MEDKD_ISA

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from medkd_fast.reference.decoupled_kl import INF, categorical_kl, logsumexp, prepare, reduce
+from medkd_fast.reference.decoupled_kl import INF, categorical_kl, log_probability, logsumexp, prepare, reduce
 
 
 def class_kl(
@@ -22,5 +22,5 @@ def class_kl(
 ) -> torch.Tensor:
     """The loss; arguments as those of `medkd_fast.class_kl`, checked."""
     s, t, weight = prepare(student, teacher, target, weight, temperature, ignore_index)
-    value = categorical_kl(s - logsumexp(s), t - logsumexp(t), t > -INF)
+    value = categorical_kl(log_probability(s, logsumexp(s)), log_probability(t, logsumexp(t)), t > -INF)
     return reduce(temperature**2 * value, weight, reduction)

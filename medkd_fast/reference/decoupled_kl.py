@@ -49,16 +49,20 @@ def decoupled_kl(
     d_s, other_s, log_sum_s = log_odds(s, own)
     d_t, other_t, log_sum_t = log_odds(t, own)
     target_part = bernoulli_kl(d_s, d_t)
-    nontarget_part = categorical_kl(other_s - log_sum_s, other_t - log_sum_t, ~own & (other_t > -INF))
+    nontarget_part = categorical_kl(
+        log_probability(other_s, log_sum_s), log_probability(other_t, log_sum_t), ~own & (other_t > -INF)
+    )
 
     parts = []
     for part in (target_part, nontarget_part):
         part = torch.where(inside | (weight == 0), part, torch.nan)
         parts.append(reduce(temperature**2 * part, weight, reduction))
-    loss = sum(
-        (w * part for w, part in zip((target_weight, nontarget_weight), parts, strict=True) if w), 0 * parts[0].detach()
-    )
-    return loss if isinstance(loss, torch.Tensor) else parts[0] * 0, parts[0], parts[1]
+    # a part of weight 0 is left out, even an infinite one; without any part it is 0, with a gradient of 0
+    loss = torch.zeros_like(parts[0]) + student[:0].sum().to(parts[0])
+    for factor, part in zip((target_weight, nontarget_weight), parts, strict=True):
+        if factor:
+            loss = loss + factor * part
+    return loss, parts[0], parts[1]
 
 
 def prepare(
@@ -72,7 +76,9 @@ def prepare(
     """Logits over the temperature at the teacher's size, 0 at pixels that do not count, and the weights [B, *S]."""
     dtype = arithmetic(student, teacher)
     s, t = student.to(dtype), teacher.to(dtype)
-    if s.shape[2:] != t.shape[2:] and t.numel():
+    if s.shape[2:] != t.shape[2:] and t.numel() == 0:
+        s = s.sum().expand_as(t)
+    elif s.shape[2:] != t.shape[2:]:
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[s.dim() - 2]
         # a class at -inf stays there wherever a neighbour has it; in the interpolation 0 · -inf would be NaN
         s = F.interpolate(s.clamp(min=-1e30), size=t.shape[2:], mode=mode, align_corners=False)
@@ -98,6 +104,11 @@ def logsumexp(u: torch.Tensor) -> torch.Tensor:
     top = torch.where(top == -INF, 0, top)
     total = (u - top).exp().sum(1, keepdim=True)
     return torch.where(total > 0, top + torch.where(total > 0, total, 1).log(), -INF)
+
+
+def log_probability(u: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:
+    """u − log_sum; −inf where every class is at −inf."""
+    return u - torch.where(log_sum == -INF, 0, log_sum)
 
 
 def bernoulli_kl(d_s: torch.Tensor, d_t: torch.Tensor) -> torch.Tensor:

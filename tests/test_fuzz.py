@@ -1,0 +1,349 @@
+"""Generated calls of every operator against the definition in fp64: value and gradient.
+
+`make test` runs the same 2,000 calls every time; `make fuzz` runs 100,000 others (MEDKD_FAST_FUZZ is their number). What a
+failure prints is a `Call`: `check(Call(...))` repeats it.
+
+Tolerances follow from the arithmetic's unit roundoff ε and from the condition of the call, not from what was observed:
+
+* Logits. u = z / τ is rounded to ε·U, U the largest |u| of the pixel in either network; probabilities move by as much
+  relatively, and so does the gradient τ·w·(p_s − p_t): error K·ε·τ·w·(1 + U) a pixel. The value sums probabilities times
+  differences of up to 2U: K·ε·τ²·w·(1 + U)². Through upsampling the gradient's bound goes as the gradient does, by the
+  adjoint of the interpolation.
+* Relations. Normalised rows have length 1, so relations and the mean of their squared differences are wrong by K·ε, and the
+  gradient of a row of norm n by K·ε·4 / (rows·n).
+
+Where the converged or rotated operating points allow much less, test_numerics.py demands it. The
+roundings of an output to its dtype come on top.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from operators import value_and_gradient
+
+import medkd_fast
+
+EXAMPLES = int(os.environ.get("MEDKD_FAST_FUZZ", "0"))
+hypothesis.settings.register_profile("test", max_examples=2000, derandomize=True)
+hypothesis.settings.register_profile("fuzz", max_examples=max(EXAMPLES, 1), print_blob=True)
+PROFILE = hypothesis.settings.get_profile("fuzz" if EXAMPLES else "test")
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LABELS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+#: K of the tolerances: roundings that one result goes through, with a margin for sums over classes, channels and pixels.
+ROUNDINGS = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, small enough to print: tensors are drawn from `seed`."""
+
+    operator: str
+    images: int
+    channels: int
+    size: tuple[int, ...]
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    student_layout: str
+    teacher_layout: str
+    spread: float
+    mean: float
+    agreement: str  # of student and teacher: "none", "converged", "equal"
+    settings: dict[str, Any]
+    reduction: str
+    upstream: float  # 0 included; for reduction "none" the scale of random ones
+    removed: float  # share of pixels that ignore_index or the mask takes out
+    poisoned: bool  # what was taken out is no number
+    seed: int
+    low: tuple[int, ...] | None = None
+    label_dtype: torch.dtype = torch.int64
+    absent: str = "none"  # whose last class is at -inf: "student", "teacher", "both"
+    weighted: str = "no"  # "no", "yes", "zeros", "some zeros"
+    zero_rows: bool = False
+
+
+# layouts: each returns equal values in another order of memory
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+    "images inside": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "crop": lambda x: F.pad(x, [2, 1] * (x.dim() - 2))[(..., *[slice(2, -1)] * (x.dim() - 2))],
+    "every second": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "some channels": lambda x: F.pad(x, [0, 0] * (x.dim() - 2) + [1, 2])[:, 1:-2],
+}
+#: One image for all of them: stride 0. Only for teachers, whose values it changes.
+EXPANDED = "expanded"
+
+
+class Tensors(NamedTuple):
+    student: torch.Tensor  # in its dtype, contiguous; the leaf
+    teacher: torch.Tensor
+    target: torch.Tensor | None
+    weight: torch.Tensor | None
+    mask: torch.Tensor | None
+    keep: torch.Tensor  # [B, *S]
+
+
+def tensors(call: Call) -> Tensors:
+    generator = torch.Generator().manual_seed(call.seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shape = (call.images, call.channels, *call.size)
+    teacher = call.spread * (normal(*shape) + call.mean)
+    student = call.spread * (normal(*shape[:2], *(call.low or call.size)) + call.mean)
+    if call.low is None and call.agreement != "none":
+        student = teacher + (1e-3 * call.spread * normal(*shape) if call.agreement == "converged" else 0)
+    if call.zero_rows:
+        student[:, :1] = teacher[:, -1:] = 0
+        student[..., :1] = teacher[..., -1:] = 0
+    student, teacher = student.to(call.student_dtype), teacher.to(call.teacher_dtype)
+    if call.absent in ("student", "both"):
+        student[:, -1:] = -torch.inf
+    if call.absent in ("teacher", "both"):
+        teacher[:, -1:] = -torch.inf
+    if call.teacher_layout == EXPANDED:
+        teacher = teacher[:1].expand_as(teacher)
+    else:
+        teacher = LAYOUTS[call.teacher_layout](teacher)
+
+    pixels = (call.images, *call.size)
+    keep = torch.rand(pixels, generator=generator) >= call.removed
+    if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
+        student.masked_fill_(~keep.unsqueeze(1), torch.nan)
+        teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
+    if call.operator in RELATIONS:
+        mask = keep if call.removed else None
+        return Tensors(student, teacher, None, None, mask, keep)
+    target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
+    target = target.masked_fill(~keep, 100).to(call.label_dtype)
+    weight = None
+    if call.weighted != "no":
+        share = {"yes": 1.0, "some zeros": 0.5, "zeros": 0.0}[call.weighted]
+        weight = 2 * torch.rand(pixels, generator=generator) * (torch.rand(pixels, generator=generator) < share)
+    return Tensors(student, teacher, target, weight, None, keep)
+
+
+def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> torch.Tensor:
+    settings = {**call.settings, "reduction": call.reduction}
+    if call.operator in RELATIONS:
+        return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
+    settings |= {"weight": drawn.weight, "ignore_index": 100}
+    if call.operator == "decoupled_kl":
+        return medkd_fast.decoupled_kl(x, teacher, drawn.target, **settings).loss
+    return medkd_fast.class_kl(x, teacher, target=drawn.target, **settings)
+
+
+class Bounds(NamedTuple):
+    """In units of K·ε, for reduction "none" and an upstream gradient of 1."""
+
+    value: torch.Tensor  # [B, *S] or [B]
+    gradient: torch.Tensor  # like the student, from an upstream gradient `v` like the value
+    denominator: torch.Tensor  # of reduction "mean"
+    undefined: torch.Tensor  # like the student: the loss is infinite there, its gradient anything but NaN
+
+
+def upsampled(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    if x.shape[2:] == size:
+        return x
+    if not x.numel():
+        return x.new_zeros(*x.shape[:2], *size)
+    mode = ["linear", "bilinear", "trilinear"][len(size) - 1]
+    return F.interpolate(x, size=size, mode=mode, align_corners=False)
+
+
+def adjoint(x: torch.Tensor, low: tuple[int, ...]) -> torch.Tensor:
+    """The adjoint of `upsampled` from the size `low`."""
+    leaf = torch.zeros(*x.shape[:2], *low, dtype=x.dtype, requires_grad=True)
+    (upsampled(leaf, x.shape[2:]) * x).sum().backward()
+    return leaf.grad
+
+
+def logit_bounds(call: Call, drawn: Tensors, v: torch.Tensor, value: torch.Tensor) -> Bounds:
+    temperature = call.settings["temperature"]
+    largest = torch.zeros(call.images, 1, *call.size, dtype=torch.float64)
+    for x in (drawn.student, drawn.teacher):
+        finite = x.double().nan_to_num(0, 0, 0)
+        largest = largest + upsampled(finite.abs(), call.size).amax(1, keepdim=True) / temperature
+    weight = drawn.keep.double() if drawn.weight is None else drawn.weight.double() * drawn.keep
+    parts = weight * sum(call.settings.get(f"{part}_weight", 0.5) for part in ("target", "nontarget"))
+    value_bound = parts * temperature**2 * (1 + largest.squeeze(1)).square()
+    gradient = (parts * v.abs() * temperature).unsqueeze(1) * (1 + largest)
+    undefined = value.isinf().double().unsqueeze(1)
+    low = call.low or call.size
+    gradient, undefined = (
+        adjoint(x, low) if drawn.teacher.numel() else torch.zeros(call.images, 1, *low) for x in (gradient, undefined)
+    )
+    return Bounds(value_bound, gradient, weight.sum(), undefined > 0)
+
+
+def relation_bounds(call: Call, drawn: Tensors, v: torch.Tensor, value: torch.Tensor) -> Bounds:
+    counted = drawn.keep.unsqueeze(1)
+    student = torch.where(counted, drawn.student.double(), 0)
+    valid = drawn.keep.flatten(1).sum(1)
+    by_channel = call.operator == "channel_relation"
+    rows = torch.full_like(valid, call.channels) if by_channel else valid
+    axes = tuple(range(2, student.dim())) if by_channel else (1,)
+    norm = student.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
+    scale = (4 * v.abs() * (valid > 0) / rows.clamp(min=1)).reshape(-1, *[1] * (student.dim() - 1))
+    gradient = (scale / norm * counted).expand_as(student)
+    return Bounds((valid > 0).double(), gradient, (valid > 0).sum(), torch.zeros_like(student, dtype=torch.bool))
+
+
+RELATIONS = ("channel_relation", "pixel_relation")
+
+
+def check(call: Call) -> None:
+    drawn = tensors(call)
+    per_row = drawn.teacher.shape[:1] if call.operator in RELATIONS else drawn.target.shape
+    generator = torch.Generator().manual_seed(call.seed + 1)
+    shape = per_row if call.reduction == "none" else ()
+    upstream = call.upstream * (torch.randn(shape, generator=generator) if shape else torch.ones(()))
+    layout = LAYOUTS[call.student_layout]
+    with medkd_fast.use_backend("reference"):
+        exact, teacher = drawn.student.double(), drawn.teacher.double()
+        want, want_gradient = value_and_gradient(lambda x: run(call, x, drawn, teacher), exact, upstream)
+        each = run(replace(call, reduction="none"), exact, drawn, teacher)
+    with medkd_fast.use_backend("cpp"):
+        value, gradient = value_and_gradient(
+            lambda x: run(call, layout(x), drawn, drawn.teacher), drawn.student, upstream
+        )
+
+    bounds_of = relation_bounds if call.operator in RELATIONS else logit_bounds
+    bounds = bounds_of(call, drawn, upstream.double().expand(per_row), each)
+    double = torch.float64 in (call.student_dtype, call.teacher_dtype)
+    assert value.dtype == (torch.float64 if double else torch.float32)
+    assert gradient.dtype == call.student_dtype
+    unit = torch.finfo(value.dtype).eps / 2
+    scale = 1 / bounds.denominator.clamp(min=1e-30) if call.reduction == "mean" else 1
+    bound = bounds.value if call.reduction == "none" else bounds.value.sum() * scale
+    compare("value", value, want, unit * (ROUNDINGS * bound + 4 * want.abs()))
+    bound = unit * ROUNDINGS * (bounds.gradient * scale + want_gradient.abs())
+    # rounded when it is saved, before the division by the number of pixels, and when it is divided; 1 / pixels is rounded too
+    limits = torch.finfo(call.student_dtype)
+    size = upstream.abs().max() if upstream.numel() else 0
+    bound = bound + 1.5 * limits.eps * want_gradient.abs() + limits.smallest_normal * limits.eps * (1 + scale * size)
+    defined = ~bounds.undefined.expand_as(gradient)
+    compare("gradient", torch.where(defined, gradient, 0), torch.where(defined, want_gradient, 0), bound)
+    assert not gradient.isnan().any(), "gradient: NaN"
+
+
+def compare(what: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
+    assert got.shape == want.shape
+    assert not want.isnan().any(), f"{what}: the definition is NaN"
+    got, largest = got.double(), torch.finfo(got.dtype).max
+    difference = torch.where(got == want, 0, (got - want).abs())
+    # an infinity where the dtype may not hold the number
+    difference = torch.where((want.abs() + bound > largest) & got.isinf(), 0, difference)
+    excess = difference - bound
+    if excess.numel() and not (excess <= 0).all():
+        worst = int(excess.nan_to_num(torch.inf).argmax())
+        a, b, c = (x.expand_as(got).flatten()[worst].item() for x in (got, want, bound))
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape)) if got.dim() else ()
+        raise AssertionError(f"{what}: got {a} at {where}, want {b} with a bound of {c}")
+
+
+def sizes(most: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:
+    """Spatial sizes in 1-D, 2-D and 3-D: each dimension up to `most`, seldom 0."""
+    return st.one_of([st.tuples(*[st.integers(1, most[d])] * (d + 1)) for d in range(3)]) | st.tuples(
+        st.integers(0, 2), st.integers(0, 2)
+    )
+
+
+def temperatures() -> st.SearchStrategy[float]:
+    return st.sampled_from([1.0, 4.0, 0.05, 3.0, 100.0])
+
+
+def common(operator: str, most: tuple[int, ...]) -> dict[str, st.SearchStrategy[Any]]:
+    return {
+        "operator": st.just(operator),
+        "images": st.sampled_from([1, 2, 3, 0]),
+        "channels": st.sampled_from([2, 3, 5, 9, 17, 37]),
+        "size": sizes(most),
+        "student_dtype": st.sampled_from(FLOATS),
+        "teacher_dtype": st.sampled_from(FLOATS),
+        "student_layout": st.sampled_from(sorted(LAYOUTS)),
+        "teacher_layout": st.sampled_from([*sorted(LAYOUTS), EXPANDED]),
+        "spread": st.sampled_from([1.0, 3.0, 10.0, 1e4, 1e-3, 1e-6, 1e-20, 0.0]),
+        "mean": st.sampled_from([0.0, 0.5]),
+        "agreement": st.sampled_from(["none", "none", "converged", "equal"]),
+        "reduction": st.sampled_from(["mean", "sum", "none"]),
+        "upstream": st.sampled_from([1.0, -3.0, 1024.0, 1e-3, 0.0]),
+        "removed": st.sampled_from([0.0, 0.0, 0.1, 0.3, 0.9, 1.0]),
+        "poisoned": st.booleans(),
+        "seed": st.integers(0, 2**16),
+    }
+
+
+@st.composite
+def logit_calls(draw: st.DrawFn, operator: str) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common(operator, (700, 32, 11)).items()}
+    settings: dict[str, Any] = {"temperature": draw(temperatures())}
+    if operator == "decoupled_kl":
+        for name in ("target_weight", "nontarget_weight"):
+            settings[name] = draw(st.sampled_from([1.0, 0.5, 2.0, 0.0]))
+    elif draw(st.integers(0, 9)) == 0:
+        drawn["channels"] = 1
+    low = None
+    if draw(st.booleans()):
+        low = tuple(draw(st.integers(min(1, n), n)) for n in drawn["size"])
+    return Call(
+        **drawn,
+        settings=settings,
+        low=None if low == drawn["size"] else low,
+        label_dtype=draw(st.sampled_from(LABELS)),
+        absent=draw(st.sampled_from(["none", "none", "both", "teacher", "student"])),
+        weighted=draw(st.sampled_from(["no", "no", "yes", "yes", "some zeros", "zeros"])),
+    )
+
+
+@st.composite
+def relation_calls(draw: st.DrawFn, operator: str, kinds: list[tuple[str, str]]) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common(operator, (400, 20, 7)).items()}
+    relation, divergence = draw(st.sampled_from(kinds))
+    if draw(st.integers(0, 9)) == 0:
+        drawn["channels"] = 1
+    return Call(
+        **drawn, settings={"relation": relation, "divergence": divergence}, zero_rows=draw(st.integers(0, 3)) == 0
+    )
+
+
+#: Every operator with its generated calls; for relations what they are built for.
+CALLS = {
+    "decoupled_kl": logit_calls("decoupled_kl"),
+    "class_kl": logit_calls("class_kl"),
+    "channel_relation": relation_calls("channel_relation", [("cosine", "mse")]),
+    "pixel_relation": relation_calls("pixel_relation", [("cosine", "mse")]),
+}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Handing small calls to threads takes longer than the calls; that threads change no bit, other tests say."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_equals_the_definition(cpp: None, one_thread: None, operator: str) -> None:
+    checked = hypothesis.given(CALLS[operator])(check)
+    hypothesis.settings(
+        PROFILE,
+        max_examples=-(-PROFILE.max_examples // len(CALLS)),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )(checked)()
