@@ -6,15 +6,17 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench numerics clean
+.PHONY: demo test fuzz sanitize lint bench numerics clean
 .DEFAULT_GOAL := help
 help:
-	@echo 'make demo   train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
-	@echo 'make test   run the tests'
-	@echo 'make lint   ruff and mypy'
-	@echo 'make bench  microbenchmarks'
+	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
+	@echo 'make test      run the tests'
+	@echo 'make fuzz      100,000 generated calls of every operator against the definition'
+	@echo 'make sanitize  the operator tests with a library that checks memory and undefined behaviour'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make bench     microbenchmarks'
 	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
-	@echo 'make clean  remove what the others made'
+	@echo 'make clean     remove what the others made'
 
 .venv/pip-$(KEY):
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,6 +39,19 @@ demo: .venv/demo-$(KEY)
 
 test: .venv/test-$(KEY)
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: .venv/test-$(KEY)
+	MEDKD_FAST_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
+
+# A copy of the package with a library of its own, tested from its folder, where Python finds it first. Left out: compilation,
+# which is slow and not ours, and a measurement of memory, which the sanitizer has its own of.
+OPERATOR_TESTS = $(wildcard tests/test_*_kl.py tests/test_*relation*.py tests/test_*gram.py tests/test_*affinity.py)
+OPERATOR_TESTS += tests/test_pixel_loss.py tests/test_fuzz.py tests/test_threads.py
+sanitize: .venv/test-$(KEY)
+	MEDKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
+	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+		../../$(BIN)/python -m pytest -k "not compile and not memory" $(ARGS) $(addprefix ../../,$(OPERATOR_TESTS))
 
 lint: .venv/test-$(KEY)
 	$(BIN)/ruff check .
