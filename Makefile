@@ -44,14 +44,15 @@ fuzz: .venv/test-$(KEY)
 	MEDKD_FAST_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
 
 # A copy of the package with a library of its own, tested from its folder, where Python finds it first. Left out: compilation,
-# which is slow and not ours, and a measurement of memory, which the sanitizer has its own of.
+# which is slow and not ours, and a measurement of memory, which the sanitizer has its own of. Its report is lost when pytest
+# captures the descriptors.
 OPERATOR_TESTS = $(wildcard tests/test_*_kl.py tests/test_*relation*.py tests/test_*gram.py tests/test_*affinity.py)
 OPERATOR_TESTS += tests/test_pixel_loss.py tests/test_fuzz.py tests/test_threads.py
 sanitize: .venv/test-$(KEY)
 	MEDKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-		../../$(BIN)/python -m pytest -k "not compile and not memory" $(ARGS) $(addprefix ../../,$(OPERATOR_TESTS))
+		../../$(BIN)/python -m pytest --capture=sys -k "not compile and not memory" $(ARGS) $(addprefix ../../,$(OPERATOR_TESTS))
 
 lint: .venv/test-$(KEY)
 	$(BIN)/ruff check .
