@@ -92,3 +92,39 @@ def plain_pixel_relation(student: torch.Tensor, teacher: torch.Tensor) -> torch.
     aa, pp, pa = a @ a.transpose(1, 2), p @ p.transpose(1, 2), p @ a.transpose(1, 2)
     squared = 0.5 * ((aa * pp).sum((1, 2)) + (pa * pa.transpose(1, 2)).sum((1, 2)))
     return squared.mean() / s.shape[2] ** 2
+
+
+def published_pixel_relation_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Both N×N matrices through softmax."""
+    s, t = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
+    s, t = s.transpose(1, 2) @ s / temperature, t.transpose(1, 2) @ t / temperature
+    return F.kl_div(F.log_softmax(s, 2), F.softmax(t, 2), reduction="none").sum(2).mean()
+
+
+class RowsOfPixels(torch.autograd.Function):
+    """512 whole rows of both matrices at a time: value and gradient out of one softmax each, nothing of them kept."""
+
+    @staticmethod
+    def forward(ctx, s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tensor:
+        value, as_columns, as_rows = s.new_zeros(()), torch.zeros_like(s), []
+        for first in range(0, s.shape[2], 512):
+            rows_s, rows_t = s[:, :, first : first + 512], t[:, :, first : first + 512]
+            log_s = F.log_softmax(rows_s.transpose(1, 2) @ s / temperature, 2)
+            log_t = F.log_softmax(rows_t.transpose(1, 2) @ t / temperature, 2)
+            p_t = log_t.exp()
+            value = value + (p_t * (log_t - log_s)).sum()
+            difference = log_s.exp() - p_t
+            as_columns = as_columns + rows_s @ difference
+            as_rows.append(s @ difference.transpose(1, 2))
+        scale = 1 / (s.shape[0] * s.shape[2])
+        ctx.save_for_backward((as_columns + torch.cat(as_rows, 2)) * (scale / temperature))
+        return value * scale
+
+    @staticmethod
+    def backward(ctx, v_value: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return v_value * ctx.saved_tensors[0], None, None
+
+
+def plain_pixel_relation_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    s, t = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
+    return RowsOfPixels.apply(s, t, temperature)

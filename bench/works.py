@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import baselines
 import torch
@@ -78,19 +79,25 @@ def relation(
     published: bool = True,
     layout: str = "contiguous",
     dtype: torch.dtype = torch.float32,
+    divergence: str = "mse",
 ) -> Work:
-    """channel_relation or pixel_relation, cosine and mse. Products with a symmetric result count half."""
+    """channel_relation or pixel_relation, cosine. Products with a symmetric result count half."""
     student, teacher, _ = _inputs(shape, None, layout, dtype)
     function = getattr(medkd_fast, operator)
-    work = Work(_title(operator, shape, None, layout, dtype), student, lambda: function(student, teacher))
+    name, suffix = (operator, "") if divergence == "mse" else (f"{operator} {divergence}", f"_{divergence}")
+    call = partial(function, student, teacher, divergence=divergence)
+    work = Work(_title(name, shape, None, layout, dtype), student, call)
     for kind in ("published", "plain"):
         if kind == "plain" or published:
-            work.variants[kind] = getattr(baselines, f"{kind}_{operator}"), (student, teacher)
+            work.variants[kind] = getattr(baselines, f"{kind}_{operator}{suffix}"), (student, teacher)
     images, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     square = images * pixels * channels * channels
     if operator == "channel_relation":  # two Gram matrices; one product for the gradient
         work.flops = (1 + 1 + 2) * square
         work.bytes = 4 * student.numel() * student.element_size()  # student twice, teacher, gradient
+    elif divergence == "kl":  # two symmetric products, in each of two passes, and a full one; half the exponentials
+        work.flops = (1 + 1 + 1 + 1 + 2) * images * pixels**2 * channels
+        work.exps = 2 * images * pixels**2
     else:  # two symmetric products and one full one; two for the gradient
         work.flops = (1 + 1 + 2 + 4) * square
         work.bytes = 5 * student.numel() * student.element_size()  # both twice, gradient
@@ -108,8 +115,11 @@ WORKS: dict[str, Callable[[], Work]] = {
     "channel_relation": lambda: relation("channel_relation", (4, 64, 112, 112)),
     "pixel_relation": lambda: relation("pixel_relation", (2, 64, 64, 64)),
     "pixel_relation_3d": lambda: relation("pixel_relation", (1, 32, 48, 48, 48), published=False),
+    "pixel_relation_kl": lambda: relation("pixel_relation", (2, 64, 64, 64), divergence="kl"),
+    "pixel_relation_kl_3d": lambda: relation("pixel_relation", (1, 16, 24, 24, 24), divergence="kl"),
     "decoupled_kl_small": lambda: pixel_loss("decoupled_kl", (1, 4, 32, 32)),
     "class_kl_small": lambda: pixel_loss("class_kl", (1, 4, 32, 32)),
     "channel_relation_small": lambda: relation("channel_relation", (1, 4, 32, 32)),
     "pixel_relation_small": lambda: relation("pixel_relation", (1, 4, 32, 32)),
+    "pixel_relation_kl_small": lambda: relation("pixel_relation", (1, 4, 32, 32), divergence="kl"),
 }

@@ -18,12 +18,23 @@ STABLE_TORCH_LIBRARY(medkd_fast, m) {
   m.def(
       "channel_relation_backward_cpp(Tensor student, Tensor? mask, Tensor matrix, Tensor upstream) -> Tensor gradient");
   // The same with [B, student channels, 2 * max(channels)], for the stacked difference and sum of normalised features.
+  // Across images the loss is [] or [B, B], and the backward mixes the images' matrices.
   m.def(
-      "pixel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) "
-      "-> (Tensor loss, Tensor matrix)");
+      "pixel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str relation, bool across_images, "
+      "str reduction) -> (Tensor loss, Tensor matrix)");
   m.def(
-      "pixel_relation_backward_cpp(Tensor student, Tensor teacher, Tensor? mask, Tensor matrix, Tensor upstream) "
-      "-> Tensor gradient");
+      "pixel_relation_backward_cpp(Tensor student, Tensor teacher, Tensor? mask, Tensor matrix, Tensor upstream, "
+      "str relation, bool across_images, str reduction) -> Tensor gradient");
+  // Outputs: loss [], [B] or [B, B], and what the backward needs of every row's softmax, [B, 1 or B, 4, N rounded up].
+  m.def(
+      "pixel_relation_kl_cpp(Tensor student, Tensor teacher, Tensor? mask, str relation, float temperature, "
+      "bool across_images, str reduction) -> (Tensor loss, Tensor rows)");
+  m.def(
+      "pixel_relation_kl_backward_cpp(Tensor student, Tensor teacher, Tensor? mask, Tensor rows, Tensor upstream, "
+      "str relation, float temperature, bool across_images, str reduction) -> Tensor gradient");
+  // The relation matrix itself, [B, N, N], in the type of the arithmetic.
+  m.def("pixel_affinity_cpp(Tensor x, str relation) -> Tensor affinity");
+  m.def("pixel_affinity_backward_cpp(Tensor x, Tensor upstream, str relation) -> Tensor gradient");
   // gradient *= upstream * scale, in place, in the type of the arithmetic.
   m.def("scale_gradient_cpp(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()");
   // The instruction set that the CPU loops were chosen for.

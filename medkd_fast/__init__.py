@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from medkd_fast.backend import set_backend, use_backend
-from medkd_fast.functional import DecoupledKL, channel_relation, class_kl, decoupled_kl, pixel_relation
+from medkd_fast.functional import DecoupledKL, channel_relation, class_kl, decoupled_kl, pixel_affinity, pixel_relation
 
 try:
     __version__ = version("medkd_fast")
@@ -15,6 +15,7 @@ __all__ = [
     "channel_relation",
     "class_kl",
     "decoupled_kl",
+    "pixel_affinity",
     "pixel_relation",
     "set_backend",
     "use_backend",

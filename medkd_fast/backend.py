@@ -23,6 +23,7 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",)},
     "class_kl": {"cpu": ("cpp",)},
     "channel_relation": {"cpu": ("cpp",)},
+    "pixel_affinity": {"cpu": ("cpp",)},
     "pixel_relation": {"cpu": ("cpp",)},
 }
 

@@ -3,6 +3,7 @@
 from medkd_fast.ops.channel_relation import channel_relation
 from medkd_fast.ops.class_kl import class_kl
 from medkd_fast.ops.decoupled_kl import DecoupledKL, decoupled_kl
+from medkd_fast.ops.pixel_affinity import pixel_affinity
 from medkd_fast.ops.pixel_relation import pixel_relation
 
-__all__ = ["DecoupledKL", "channel_relation", "class_kl", "decoupled_kl", "pixel_relation"]
+__all__ = ["DecoupledKL", "channel_relation", "class_kl", "decoupled_kl", "pixel_affinity", "pixel_relation"]

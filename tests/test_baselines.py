@@ -41,3 +41,16 @@ def test_relations(kind: str, name: str) -> None:
     value, gradient = value_and_gradient(lambda x: getattr(baselines, f"{kind}_{name}")(x, teacher), student)
     assert_close(value, want, 1e-12)
     assert_close(gradient, want_gradient, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+def test_pixel_relation_kl(kind: str) -> None:
+    # more pixels than the 512 rows that plain takes at a time
+    student, teacher = (torch.randn(2, 3, 24, 23, dtype=torch.float64) for _ in range(2))
+    want, want_gradient = value_and_gradient(
+        lambda x: medkd_fast.pixel_relation(x, teacher, divergence="kl"), student, torch.tensor(2.0)
+    )
+    baseline = getattr(baselines, f"{kind}_pixel_relation_kl")
+    value, gradient = value_and_gradient(lambda x: baseline(x, teacher), student, torch.tensor(2.0))
+    assert_close(value, want, 1e-12)
+    assert_close(gradient, want_gradient, 1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +15,20 @@ from medkd_fast.ops.pixel_relation import pixel_relation
 
 Loss = Callable[..., torch.Tensor]
 
+LOSSES = {
+    "channel_relation": channel_relation,
+    "pixel_relation": pixel_relation,
+    "pixel_relation kl": partial(pixel_relation, divergence="kl"),
+}
 
-@pytest.fixture(params=[channel_relation, pixel_relation], ids=["channel_relation", "pixel_relation"])
+
+@pytest.fixture(params=LOSSES.values(), ids=LOSSES.keys())
 def loss(request: pytest.FixtureRequest) -> Loss:
     return request.param
+
+
+def is_kl(loss: Loss) -> bool:
+    return isinstance(loss, partial) and loss.keywords.get("divergence") == "kl"
 
 
 def sample(shape: tuple[int, ...], mean: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +108,9 @@ def test_equal_features_have_no_loss(loss: Loss, backend: str) -> None:
     student, _ = sample((2, 9, 12, 10))
     for x in (student, student.float()):
         value, gradient = value_and_gradient(lambda s: loss(s, x), x)  # noqa: B023
-        assert value == 0 and (gradient == 0).all()
+        # torch's softmax has a sum near 1
+        limit = 1e-6 if backend == "reference" and is_kl(loss) else 0
+        assert value == 0 and (gradient.abs() <= limit).all()
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
@@ -138,6 +151,9 @@ def test_huge_and_tiny_features(loss: Loss, backend: str, scale: float) -> None:
     student, teacher = (scale * x.float() for x in sample((2, 6, 40, 50)))
     value, gradient = value_and_gradient(lambda x: loss(x, teacher), student)
     want, want_gradient = truth(loss, student, teacher)
+    if is_kl(loss) and scale == 1e-20:  # all rows are nearly uniform, and so far apart
+        assert abs(value) <= 1e-6 and want <= 1e-15
+        return
     # squares of 1e-20 are subnormal, rounded to 1e-5 of themselves
     tolerance = 1e-4 if scale == 1e-20 else 1e-5
     assert_close(value, want, tolerance)
@@ -414,18 +430,6 @@ BAD = [
     (lambda s, t: (s, t), {"relation": "dot"}, ValueError, r"relation: got 'dot', want one of cosine, pearson, gram"),
     (lambda s, t: (s, t), {"divergence": "l1"}, ValueError, r"divergence: got 'l1', want one of mse, kl"),
     (lambda s, t: (s, t), {"temperature": 0.0}, ValueError, r"temperature: got 0\.0, want a number above 0"),
-    (
-        lambda s, t: (s, t),
-        {"divergence": "kl"},
-        NotImplementedError,
-        r"_relation: relation='cosine' with divergence='kl' is not built yet; what there is: .*divergence='mse'",
-    ),
-    (
-        lambda s, t: (s, t),
-        {"relation": "pearson"},
-        NotImplementedError,
-        r"relation='pearson' with divergence='mse' is not built yet; what there is: relation='cosine'",
-    ),
 ]
 
 

@@ -1,6 +1,7 @@
-// The two register-blocked matrix products of the relation losses, over a block of pixels in scratch memory:
+// The register-blocked matrix products of the relation losses, over a block of pixels in scratch memory:
 //   dot_products   sums[i, j] += sum over p of x[i, p] x[j, p]           both operands along the pixels
 //   product        out[i, p]   = sum over k of m[i, k] x[k, p]           a small matrix times the block
+//   tile_product   the same with m as it is or transposed, set or added  tiles of N x N and what they are multiplied with
 // Vectors always lie along the pixels, so few channels waste no lanes and neither operand is transposed. Rows of x are
 // aligned to a cache line and padded with zeros to a multiple of `pixel_multiple`.
 #pragma once
@@ -97,8 +98,10 @@ inline void dot_products(const A* x, int64_t rows, int64_t ld, int64_t padded, i
   }
 }
 
-template <int rows, typename A>
-inline void product_block(const A* m, int64_t m_ld, int64_t depth, const A* x, int64_t ld, A factor, A* out) {
+// m[i, k] is m[i * m_ld + k], or m[k * m_ld + i] when m is transposed.
+template <int rows, bool transposed, bool add, typename A>
+inline void product_block(const A* m, int64_t m_ld, int64_t depth, const A* x, int64_t ld, A factor, A* out,
+                          int64_t out_ld) {
   Vector<A> total[rows][product_vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector<A> y[product_vectors];
@@ -106,7 +109,7 @@ inline void product_block(const A* m, int64_t m_ld, int64_t depth, const A* x, i
     for (int v = 0; v < product_vectors; ++v) y[v] = load(x + k * ld + v * vector_lanes<A>);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const A weight = m[i * m_ld + k];
+      const A weight = transposed ? m[k * m_ld + i] : m[i * m_ld + k];
 #pragma GCC unroll 8
       for (int v = 0; v < product_vectors; ++v) total[i][v] += weight * y[v];
     }
@@ -114,17 +117,20 @@ inline void product_block(const A* m, int64_t m_ld, int64_t depth, const A* x, i
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < product_vectors; ++v)
-      *reinterpret_cast<Vector<A>*>(out + i * ld + v * vector_lanes<A>) = factor * total[i][v];
+    for (int v = 0; v < product_vectors; ++v) {
+      Vector<A>& to = *reinterpret_cast<Vector<A>*>(out + i * out_ld + v * vector_lanes<A>);
+      to = add ? to + total[i][v] : factor * total[i][v];
+    }
 }
 
-template <int rows, typename A>
+template <int rows, bool transposed, bool add, typename A>
 inline void product_edge(int64_t some_rows, const A* m, int64_t m_ld, int64_t depth, const A* x, int64_t ld, A factor,
-                         A* out) {
+                         A* out, int64_t out_ld) {
   if constexpr (rows > 1) {
-    if (some_rows < rows) return product_edge<rows - 1>(some_rows, m, m_ld, depth, x, ld, factor, out);
+    if (some_rows < rows)
+      return product_edge<rows - 1, transposed, add>(some_rows, m, m_ld, depth, x, ld, factor, out, out_ld);
   }
-  product_block<rows>(m, m_ld, depth, x, ld, factor, out);
+  product_block<rows, transposed, add>(m, m_ld, depth, x, ld, factor, out, out_ld);
 }
 
 // out[i, p] = factor * sum over k of m[i, k] x[k, p]; m is [rows, depth], x [depth, ld] and out [rows, ld].
@@ -133,7 +139,21 @@ inline void product(const A* m, int64_t rows, int64_t depth, const A* x, int64_t
   for (int64_t p = 0; p < padded; p += product_vectors * vector_lanes<A>)
     for (int64_t i = 0; i < rows; i += product_rows) {
       const int64_t some_rows = rows - i < product_rows ? rows - i : product_rows;
-      product_edge<product_rows>(some_rows, m + i * depth, depth, depth, x + p, ld, factor, out + i * ld + p);
+      product_edge<product_rows, false, false>(some_rows, m + i * depth, depth, depth, x + p, ld, factor,
+                                               out + i * ld + p, ld);
+    }
+}
+
+// out[i, p] = or += sum over k of m[i, k] x[k, p] over pixel_multiple pixels, which is also how long the rows of x, of
+// out and of m in memory are.
+template <bool transposed, bool add, typename A>
+inline void tile_product(const A* m, int64_t rows, int64_t depth, const A* x, A* out) {
+  constexpr int64_t ld = pixel_multiple;
+  for (int64_t p = 0; p < ld; p += product_vectors * vector_lanes<A>)
+    for (int64_t i = 0; i < rows; i += product_rows) {
+      const int64_t some_rows = rows - i < product_rows ? rows - i : product_rows;
+      product_edge<product_rows, transposed, add>(some_rows, m + (transposed ? i : i * ld), ld, depth, x + p, ld, A(1),
+                                                  out + i * ld + p, ld);
     }
 }
 

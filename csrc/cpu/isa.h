@@ -75,6 +75,10 @@ struct PixelLoops {
   void (*slab)(const PixelLoss&, const Slab&, PixelSums&);
 };
 
+// What pixel_relation makes of a pixel's channels before it multiplies pixels: a unit vector, a unit vector of the
+// centred channels, or the channels over the root of their number.
+enum class PixelRows : int32_t { cosine, pearson, gram };
+
 // channel_relation and pixel_relation. A mask of 0 takes a pixel out.
 struct Relation {
   Planes student;       // [B, student channels, N]
@@ -82,6 +86,7 @@ struct Relation {
   Planes gradient;      // like the student; in the backward only
   const uint8_t* mask;  // [B, N] or nullptr
   int64_t student_channels, teacher_channels, pixels;
+  PixelRows rows;  // pixel_relation only
 };
 
 // A range of one image's pixels, taken `block` at a time, and a range of the rows of the matrix of sums.
@@ -97,10 +102,70 @@ struct RelationLoops {
   void (*gradient)(const Relation&, const RelationPart&, const A* matrix, A factor);
 };
 
+// Normalised features in panels of 64 pixels, zeros behind the last pixel and at those that the mask leaves out, and
+// what they came from.
+constexpr int64_t panel_pixels = 64;
+
+template <typename A>
+struct Panels {
+  A* rows;       // [images, panels, channels, 64]
+  A* inverse;    // [images, panels, 64] and turns: see PixelNorm
+  A* turns;
+  int64_t channels;
+};
+
+// Two ranges of panels, counted over all images; every pair of their pixels is looked at once. The same range twice: every
+// pair of panels in it.
+struct PanelPair {
+  int64_t first_i, last_i, first_j, last_j;
+};
+
+// What a row of relations leaves behind, one array of each for the rows of a range of pixels: the logits' maxima, the
+// sums of e^(logit - maximum), and the sum of the teacher's e^(..) times the logits' differences.
+struct RowSums {
+  double *max_s, *sum_s, *max_t, *sum_t, *weighted;
+};
+
+// The factors of a row's softmax in the gradient: the logits' maxima and (upstream factor) / (sum of exponentials).
+template <typename A>
+struct RowFactors {
+  const A *max_s, *inverse_s, *max_t, *inverse_t;
+  A factor;
+};
+
+template <typename A>
+struct PixelPairs {
+  const A* student;  // Panels::rows
+  const A* teacher;
+  const A* valid;  // [images, panels, 64]: 1 or 0
+  int64_t student_channels, teacher_channels;
+  A scale;           // 1 / temperature
+  bool bounded;      // logits are at most `scale`, and e^(-2 scale) is a normal number: `scale` serves as every maximum
+};
+
+template <typename A>
+struct PixelPairLoops {
+  // panels [first, last) of an image
+  void (*load)(const Relation&, const Planes& x, const Panels<A>&, int64_t image, int64_t first, int64_t last);
+  // rows_i and rows_j start at the pixels of first_i and first_j
+  void (*sums)(const PixelPairs<A>&, const PanelPair&, const RowSums& rows_i, const RowSums& rows_j);
+  // adds to the gradient of the normalised student, laid out as Panels::rows
+  void (*gradient)(const PixelPairs<A>&, const PanelPair&, const RowFactors<A>& rows_i, const RowFactors<A>& rows_j,
+                   A* gradient);
+  // the relations of a range of pairs of one image, [pixels, pixels], and from a gradient of that shape the one for the
+  // normalised features
+  void (*relations)(const A* rows, int64_t channels, int64_t pixels, const PanelPair&, A* out);
+  void (*relations_gradient)(const A* rows, int64_t channels, int64_t pixels, const PanelPair&, const A* v_relations,
+                             A* gradient);
+  // takes the gradient through the normalisation and stores it
+  void (*store)(const Relation&, const Panels<A>&, int64_t image, int64_t first, int64_t last, A* gradient);
+};
+
 template <typename A>
 struct Loops {
   PixelLoops decoupled_kl, class_kl;
   RelationLoops<A> channel_relation, pixel_relation;
+  PixelPairLoops<A> pixel_pairs;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

@@ -2,6 +2,7 @@
 #include "channel_relation.h"
 #include "class_kl.h"
 #include "decoupled_kl.h"
+#include "pixel_pairs.h"
 #include "pixel_relation.h"
 
 namespace medkd {
@@ -16,6 +17,7 @@ constexpr Loops<A> loops_of() {
           pixel_loops<ClassKL, A>(),
           {channel_sums<A>, channel_gradient<A>},
           {pixel_sums<A>, pixel_gradient<A>},
+          {load_panels<A>, pair_sums<A>, pair_gradient<A>, pair_relations<A>, pair_relations_gradient<A>, store_panels<A>},
           store_line<A>,
           scale<A>};
 }

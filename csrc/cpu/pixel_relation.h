@@ -1,40 +1,12 @@
-// pixel_relation: with S and T the features divided by each pixel's norm, A = S - T and B = S + T, the products of
+// pixel_relation with divergence "mse": with S and T the normalised features, A = S - T and B = S + T, the products of
 // every two rows of [A; B] summed over pixels, and a small matrix times [A; B]. What happens between the two is in
 // pixel_relation.cpp; the derivation in medkd_fast/reference/pixel_relation.py.
 #pragma once
 
-#include "../math/pixel_relation.h"
-#include "relation.h"
+#include "pixel_rows.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
-
-// Squares of eight channels are added at a time: fewer passes over `squares`, less rounding.
-template <typename A>
-inline void pixel_norms(const A* x, int64_t channels, int64_t padded, int64_t ld, A* __restrict inverse,
-                        A* __restrict turns) {
-  A* squares = inverse;  // until they are all there
-  for (int64_t p = 0; p < padded; ++p) squares[p] = A(0);
-  int64_t c = 0;
-  for (; c + 8 <= channels; c += 8) {
-    const A* row = x + c * ld;
-    for (int64_t p = 0; p < padded; ++p) {
-      A sum = A(0);
-#pragma GCC unroll 8
-      for (int64_t k = 0; k < 8; ++k) sum += row[k * ld + p] * row[k * ld + p];
-      squares[p] += sum;
-    }
-  }
-  for (; c < channels; ++c) {
-    const A* row = x + c * ld;
-    for (int64_t p = 0; p < padded; ++p) squares[p] += row[p] * row[p];
-  }
-  for (int64_t p = 0; p < padded; ++p) {
-    const PixelNorm<A> norm = pixel_norm(squares[p]);
-    squares[p] = norm.inverse;
-    turns[p] = norm.turns;
-  }
-}
 
 // A block of [A; B] in scratch memory. Each has as many channels as the wider of student and teacher; in the narrower
 // one the others are 0.
@@ -66,13 +38,9 @@ inline PixelBlock<A> pixel_block(const Relation& relation, int64_t block, A* scr
 template <typename A>
 inline void load_normalised(const Relation& relation, const Planes& x, int64_t image, int64_t first, int64_t channels,
                             int64_t length, int64_t padded, const PixelBlock<A>& block, A* rows, A* inverse, A* turns) {
-  load_block(relation, x, image, first, channels, length, padded, block.ld, rows);
-  pixel_norms(rows, channels, padded, block.ld, inverse, turns);
-  const A* __restrict factor = inverse;
-  for (int64_t c = 0; c < block.channels; ++c) {
-    A* __restrict row = rows + c * block.ld;
-    for (int64_t p = 0; p < padded; ++p) row[p] = c < channels ? row[p] * factor[p] : A(0);
-  }
+  load_rows(relation, x, image, first, channels, length, padded, block.ld, rows, inverse, turns);
+  for (int64_t c = channels; c < block.channels; ++c)
+    for (int64_t p = 0; p < padded; ++p) rows[c * block.ld + p] = A(0);
 }
 
 template <typename A>
@@ -143,6 +111,7 @@ inline void pixel_gradient(const Relation& relation, const RelationPart& part, c
       A* __restrict g = out + c * ld;
       for (int64_t p = 0; p < block.padded; ++p) g[p] = (g[p] - (a[p] + b[p]) * along[p]) * inverse[p];
     }
+    if (relation.rows == PixelRows::pearson) centre(out, channels, block.padded, ld, along);
     store_tile(relation.gradient, part.image, first, channels, length, ld, out);
   }
 }

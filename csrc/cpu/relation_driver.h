@@ -102,19 +102,25 @@ inline std::vector<double> image_weights(const std::vector<int64_t>& valid, cons
   return weights;
 }
 
-// The loss [] or [B] from the images' weighted values.
+// The loss, [] or of `size`, from the weighted values of images or of pairs of images.
 template <typename A>
-Tensor reduce_images(const Tensor& like, const std::vector<double>& values, const std::string& reduction,
-                     ScalarType type) {
+Tensor reduce_values(const Tensor& like, const std::vector<double>& values, const std::string& reduction,
+                     ScalarType type, const std::vector<int64_t>& size) {
   if (reduction != "none") {
     double sum = 0;
     for (double value : values) sum += value;
     return scalar<A>(like, sum, type);
   }
-  Tensor out = new_like(like, {static_cast<int64_t>(values.size())}, type);
+  Tensor out = new_like(like, size, type);
   std::transform(values.begin(), values.end(), static_cast<A*>(out.data_ptr()),
                  [](double value) { return static_cast<A>(value); });
   return out;
+}
+
+template <typename A>
+Tensor reduce_images(const Tensor& like, const std::vector<double>& values, const std::string& reduction,
+                     ScalarType type) {
+  return reduce_values<A>(like, values, reduction, type, {static_cast<int64_t>(values.size())});
 }
 
 // The tensors of one call as the loops see them.

@@ -23,6 +23,12 @@ MEDKD_INLINE PixelNorm<A> pixel_norm(A squares) {
   return {A(1) / (norm < smallest ? smallest : norm), norm < smallest ? A(0) : A(1)};
 }
 
+// KL(teacher's row, student's row) from the maxima of the logits, the sums of e^(logit - maximum), and the sum of the
+// teacher's e^(logit - maximum) times the difference of the logits.
+MEDKD_INLINE double row_divergence(double max_s, double sum_s, double max_t, double sum_t, double weighted) {
+  return weighted / sum_t + log(sum_s / sum_t) + (max_s - max_t);
+}
+
 // Row i of the matrix for [A; B] from their products [2C, 2C], both triangles: the gradient for the normalised student
 // is the matrix times [A; B], times `scale` for the sum over all entries of the squared differences, of which this
 // row's share is returned.
@@ -37,6 +43,18 @@ MEDKD_INLINE double pixel_row(const double* products, int64_t channels, int64_t 
     value += aa[j] * bb_ij + ba[j] * ab_ij;
     row[j] = static_cast<A>(scale * (ab_ij + bb_ij));
     row[channels + j] = static_cast<A>(scale * (aa[j] + ba[j]));
+  }
+  return value / 2;
+}
+
+// Row i's share in the sum of squared differences between the relations of image a's pixels to image b's, from the
+// products [2C, 2C] of both.
+MEDKD_INLINE double pixel_pair_row(const double* a, const double* b, int64_t channels, int64_t i) {
+  const int64_t ld = 2 * channels, difference = i * ld, sum = (channels + i) * ld;
+  double value = 0;
+  for (int64_t j = 0; j < channels; ++j) {
+    const double squares = a[difference + j] * b[sum + channels + j] + a[sum + channels + j] * b[difference + j];
+    value += squares / 2 + a[difference + channels + j] * b[sum + j];
   }
   return value / 2;
 }

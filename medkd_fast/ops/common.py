@@ -15,15 +15,20 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
 DEBUG = os.environ.get("MEDKD_FAST_DEBUG") == "1"
 
 
+def check_features(name: str, x: torch.Tensor) -> None:
+    """A floating tensor [B, C, *S]."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, want a tensor [B, C, *S]")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {x.dtype}, want a tensor of float32, bfloat16, float16 or float64")
+    if x.dim() < 3:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [B, C, *S] with at least one spatial dimension")
+
+
 def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> None:
     """Student and teacher are floating [B, C, *S] on one device with equal B; only the student may want a gradient."""
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, want a tensor [B, C, *S]")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: got {x.dtype}, want a tensor of float32, bfloat16, float16 or float64")
-        if x.dim() < 3:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [B, C, *S] with at least one spatial dimension")
+    check_features("student", student)
+    check_features("teacher", teacher)
     if student.dim() != teacher.dim() or student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"student and teacher: got shapes {tuple(student.shape)} and {tuple(teacher.shape)}, "

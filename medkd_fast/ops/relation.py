@@ -24,7 +24,7 @@ def check_relation(
     common.check_choice("divergence", divergence, DIVERGENCES)
     common.check_choice("reduction", reduction, common.REDUCTIONS)
     common.check_temperature(temperature)
-    if (relation, divergence) != ("cosine", "mse"):
+    if name == "channel_relation" and (relation, divergence) != ("cosine", "mse"):
         raise NotImplementedError(
             f"{name}: relation={relation!r} with divergence={divergence!r} is not built yet; "
             "what there is: relation='cosine' with divergence='mse'"
