@@ -73,6 +73,18 @@ def test_a_part_of_weight_zero_has_no_gradient_and_no_infinity(backend: str) -> 
     assert result.nontarget == torch.inf and result.loss.isfinite()
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_what_the_student_alone_rules_out_is_infinite_however_unlikely(backend: str, label: int) -> None:
+    # e^-500 is 0 in fp32, and not in fp64
+    teacher = torch.tensor([[-500.0, 0.0]]).reshape(1, 2, 1, 1)
+    student = torch.tensor([[-torch.inf, 0.0]]).reshape(1, 2, 1, 1)
+    for dtype in (torch.float32, torch.float64):
+        result = decoupled_kl(
+            student.to(dtype), teacher.to(dtype), torch.full((1, 1, 1), label), temperature=1.0, nontarget_weight=0.0
+        )
+        assert result.loss == torch.inf and result.target == torch.inf
+
+
 def test_two_classes_have_no_nontarget_part(backend: str) -> None:
     student, teacher, target = sample(classes=2)
     result = decoupled_kl(student, teacher, target)

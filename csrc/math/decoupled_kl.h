@@ -42,7 +42,11 @@ MEDKD_INLINE TargetTerm<A> target_term(A d_s, A d_t) {
   const A e_s = exp_nonpositive(-absolute(s));
   const A e_t = exp_nonpositive(t);
   const A b_t = e_t / (A(1) + e_t);
-  const A linear = s > A(0) ? (A(1) - b_t) * s + (b_t > A(0) ? b_t * t : A(0)) : (b_t > A(0) ? -b_t * (s - t) : A(0));
+  // what the student rules out and the teacher does not is infinitely far, even where the teacher's probability underflows
+  const bool ruled_out = s == -infinity<A>() && t > -infinity<A>();
+  const A opposed = (A(1) - b_t) * s + (b_t > A(0) ? b_t * t : A(0));
+  const A agreed = ruled_out ? infinity<A>() : b_t > A(0) ? -b_t * (s - t) : A(0);
+  const A linear = s > A(0) ? opposed : agreed;
   const A b_s = (s > A(0) ? A(1) : e_s) / (A(1) + e_s);
   const A gradient = b_s - b_t;
   return {linear + (log1p_unit(e_s) - log1p_unit(e_t)), flip ? -gradient : gradient};

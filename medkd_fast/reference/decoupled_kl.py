@@ -117,7 +117,9 @@ def bernoulli_kl(d_s: torch.Tensor, d_t: torch.Tensor) -> torch.Tensor:
     for sign in (1, -1):
         b = torch.sigmoid(sign * d_t)
         difference = torch.where(b > 0, F.logsigmoid(sign * d_t), 0) - F.logsigmoid(torch.where(b > 0, sign * d_s, 0))
-        value = value + torch.where(b > 0, b * difference, 0)
+        # what the student rules out and the teacher does not, also where the teacher's probability underflows
+        ruled_out = (sign * d_s == -INF) & (sign * d_t > -INF)
+        value = value + torch.where(ruled_out, INF, torch.where(b > 0, b * difference, 0))
     return value
 
 
