@@ -11,14 +11,24 @@ STABLE_TORCH_LIBRARY(medkd_fast, m) {
       "class_kl_cpp(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
       "int ignore_index, str reduction, bool need_gradient) -> (Tensor loss, Tensor scale, Tensor gradient)");
   // Outputs: loss [] or [B], and the matrix [B, C, C] whose product with the student is the gradient; the backward
-  // multiplies by upstream [] or [B].
+  // multiplies by upstream [] or [B]. For pearson and softmax the matrix is [B, C + 1, C + 1]: the last column goes
+  // with a row of ones, the last row is what the channels are shifted by.
   m.def(
-      "channel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str reduction) "
-      "-> (Tensor loss, Tensor matrix)");
+      "channel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str relation, str divergence, "
+      "float temperature, str reduction) -> (Tensor loss, Tensor matrix)");
   m.def(
-      "channel_relation_backward_cpp(Tensor student, Tensor? mask, Tensor matrix, Tensor upstream) -> Tensor gradient");
-  // The same with [B, student channels, 2 * max(channels)], for the stacked difference and sum of normalised features.
-  // Across images the loss is [] or [B, B], and the backward mixes the images' matrices.
+      "channel_relation_backward_cpp(Tensor student, Tensor? mask, Tensor matrix, Tensor upstream, str relation, "
+      "float temperature) -> Tensor gradient");
+  // Outputs: the relation, and what the backward needs beside it: what the rows were multiplied by, what was left of
+  // the channels' means, and what they were shifted by, in double.
+  m.def(
+      "channel_gram_cpp(Tensor x, Tensor? mask, str relation, float temperature) "
+      "-> (Tensor matrix, Tensor state)");
+  m.def(
+      "channel_gram_backward_cpp(Tensor x, Tensor? mask, Tensor matrix, Tensor state, Tensor upstream, str relation, "
+      "float temperature) -> Tensor gradient");
+  // As channel_relation, with a matrix [B, student channels, 2 * max(channels)] for the stacked difference and sum of
+  // normalised features. Across images the loss is [] or [B, B], and the backward mixes the images' matrices.
   m.def(
       "pixel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str relation, bool across_images, "
       "str reduction) -> (Tensor loss, Tensor matrix)");

@@ -3,7 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from medkd_fast.backend import set_backend, use_backend
-from medkd_fast.functional import DecoupledKL, channel_relation, class_kl, decoupled_kl, pixel_affinity, pixel_relation
+from medkd_fast.functional import (
+    DecoupledKL,
+    channel_gram,
+    channel_relation,
+    class_kl,
+    decoupled_kl,
+    pixel_affinity,
+    pixel_relation,
+)
 
 try:
     __version__ = version("medkd_fast")
@@ -12,6 +20,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "DecoupledKL",
+    "channel_gram",
     "channel_relation",
     "class_kl",
     "decoupled_kl",

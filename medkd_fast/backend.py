@@ -22,6 +22,7 @@ BACKENDS = ("auto", "cpp", "reference")
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",)},
     "class_kl": {"cpu": ("cpp",)},
+    "channel_gram": {"cpu": ("cpp",)},
     "channel_relation": {"cpu": ("cpp",)},
     "pixel_affinity": {"cpu": ("cpp",)},
     "pixel_relation": {"cpu": ("cpp",)},

@@ -257,6 +257,21 @@ def test_losses_under_autocast_dtypes(backend: str, dtype: torch.dtype) -> None:
         assert_close(gradient, want_gradient, 8e-3 if dtype == torch.bfloat16 else 5e-3)
 
 
+@pytest.mark.parametrize("divergence", ["mse", "kl"])
+def test_cpkd_of_correlations(divergence: str) -> None:
+    student, teacher = maps((1, 3, 4, 5), (1, 3, 4, 5))
+    loss = CPKDLoss(relation="pearson", divergence=divergence, temperature=0.2)
+    value = loss(student, teacher)
+    for part, rows in (("channel", lambda x: x[0].flatten(1)), ("pixel", lambda x: x[0].flatten(1).T)):
+        s, t = (torch.corrcoef(rows(x)) for x in (student, teacher))
+        if divergence == "mse":
+            want = (s - t).square().mean()
+        else:
+            want = F.kl_div((s / 0.2).log_softmax(1), (t / 0.2).softmax(1), reduction="batchmean")
+        assert_close(loss.parts[part], want, 1e-12)
+    assert_close(value, loss.parts["channel"] + loss.parts["pixel"], 1e-12)
+
+
 def test_messages() -> None:
     x = torch.zeros(1, 3, 4, 4)
     y = torch.zeros(1, 4, 4, dtype=torch.long)
@@ -266,8 +281,6 @@ def test_messages() -> None:
         CPKDLoss(pool=0)
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\) and \(1, 3, 4\), want \[B, C, \*S\]"):
         CPKDLoss()(x, x[..., 0])
-    with pytest.raises(NotImplementedError, match="cosine"):
-        CPKDLoss(relation="pearson")(x, x)
     with pytest.raises(ValueError, match="feature_channels: got none"):
         DMDLoss(3, [])
     with pytest.raises(ValueError, match="projector: got 'conv', want 'conv1x1' or 'transposed'"):

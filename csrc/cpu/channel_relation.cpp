@@ -1,27 +1,40 @@
-#include "../math/channel_relation.h"
-
-#include "relation_driver.h"
+#include "channel_driver.h"
 
 namespace medkd {
 
 template <typename A>
-static std::tuple<Tensor, Tensor> forward(RelationCall& call, const Tensor& student, const std::string& reduction) {
-  const int64_t channels = call.relation.student_channels, size = channels * channels;
-  Tensor matrix = new_like(student, {call.images, channels, channels}, call.type);
+static std::tuple<Tensor, Tensor> forward(ChannelCall& call, const Tensor& student, portable::Divergence divergence,
+                                          const std::string& reduction) {
+  const int64_t channels = call.channels, rows = call.rows;
+  Tensor matrix = new_like(student, {call.images, rows, rows}, call.type);
   A* matrices = static_cast<A*>(matrix.data_ptr());
-  const std::vector<double> weights = image_weights(count_valid(call.relation, call.images), reduction);
+  const std::vector<int64_t> valid = count_valid(call.relation, call.images);
+  const std::vector<double> weights = image_weights(valid, reduction);
+  const std::vector<A> student_shift = channel_shifts<A>(call, call.relation.student, valid);
+  const std::vector<A> teacher_shift = channel_shifts<A>(call, call.relation.teacher, valid);
+  const bool shifted = !student_shift.empty();
+  call.relation.student_shift = shifted ? student_shift.data() : nullptr;
+  call.relation.teacher_shift = shifted ? teacher_shift.data() : nullptr;
   std::vector<double> values(call.images);
-  const RelationPlan plan{call.images, call.relation.pixels, 2, channels, channels};
-  sum_over_pixels(call.relation, loops<A>().channel_relation, plan, [&](int64_t image, const double* sums) {
-    const double scale = weights[image] / static_cast<double>(size);
-    std::vector<double> inverse(2 * channels);
-    portable::inverse_channel_norms(sums, channels, inverse.data());
-    portable::inverse_channel_norms(sums + size, channels, inverse.data() + channels);
+  const RelationPlan plan{call.images, call.relation.pixels, 2, rows, rows};
+  sum_over_pixels(call.relation, loops<A>().channel_relation, plan, [&](int64_t image, double* relation_s) {
+    double* relation_t = relation_s + rows * rows;
+    const double pixels = pixels_that_count(valid[image]);
+    const int64_t terms = divergence == portable::Divergence::mse ? channels * channels : channels;
+    const double scale = weights[image] / static_cast<double>(terms);
+    std::vector<double> left(channels), mean(channels), v(channels * channels);
+    // the teacher's first: its factors are not needed again
+    portable::relation_of_products(call.kind, relation_t, rows, channels, pixels, left.data(), mean.data());
+    portable::relation_of_products(call.kind, relation_s, rows, channels, pixels, left.data(), mean.data());
     double value = 0;
     for (int64_t c = 0; c < channels; ++c)
-      value += portable::channel_row(sums, sums + size, inverse.data(), inverse.data() + channels, channels, c, scale,
-                                     matrices + image * size + c * channels);
+      value += portable::divergence_of_rows(divergence, relation_s + c * rows, relation_t + c * rows, channels,
+                                            call.temperature, scale, v.data() + c * channels);
     values[image] = value * scale;
+    A* mine = matrices + image * rows * rows;
+    portable::gradient_of_relation(call.kind, relation_s, rows, rows, channels, call.temperature, left.data(),
+                                   mean.data(), v.data(), mine);
+    if (shifted) end_with_shift(student_shift.data() + image * channels, channels, mine);
   });
   return {reduce_images<A>(student, values, reduction, call.type), matrix};
 }
@@ -30,21 +43,27 @@ static std::tuple<Tensor, Tensor> channel_relation(
     const Tensor& student,              // [B, C, *S]
     const Tensor& teacher,              // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous
+    const std::string& relation,
+    const std::string& divergence,
+    double temperature,
     const std::string& reduction) {
-  RelationCall call(student, teacher, mask);
-  return call.type == ScalarType::Double ? forward<double>(call, student, reduction)
-                                         : forward<float>(call, student, reduction);
+  ChannelCall call(student, teacher, mask, relation, temperature);
+  const portable::Divergence which = divergence == "kl" ? portable::Divergence::kl : portable::Divergence::mse;
+  return call.type == ScalarType::Double ? forward<double>(call, student, which, reduction)
+                                         : forward<float>(call, student, which, reduction);
 }
 
 static Tensor channel_relation_backward(
     const Tensor& student,              // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous
-    const Tensor& matrix,               // [B, C, C], contiguous, in the type of the arithmetic
-    const Tensor& upstream) {           // [] or [B], in the type of the arithmetic
-  RelationCall call(student, student, mask);
+    const Tensor& matrix,               // [B, C or C + 1, the same], contiguous, in the type of the arithmetic
+    const Tensor& upstream,             // [] or [B], in the type of the arithmetic
+    const std::string& relation,
+    double temperature) {
+  ChannelCall call(student, student, mask, relation, temperature);
   return matrix.scalar_type() == ScalarType::Double
-             ? relation_gradient(call, loops<double>().channel_relation, student, matrix, upstream)
-             : relation_gradient(call, loops<float>().channel_relation, student, matrix, upstream);
+             ? relation_gradient<double>(call, loops<double>().channel_relation, student, matrix, upstream)
+             : relation_gradient<float>(call, loops<float>().channel_relation, student, matrix, upstream);
 }
 
 }  // namespace medkd

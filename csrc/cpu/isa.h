@@ -79,6 +79,10 @@ struct PixelLoops {
 // centred channels, or the channels over the root of their number.
 enum class PixelRows : int32_t { cosine, pearson, gram };
 
+// What the channel relations make of the features before they multiply them: nothing; minus a shift; the exponentials
+// of that over a temperature. The latter two have a row of ones more.
+enum class Features : int32_t { plain, centred, exponential };
+
 // channel_relation and pixel_relation. A mask of 0 takes a pixel out.
 struct Relation {
   Planes student;       // [B, student channels, N]
@@ -87,6 +91,11 @@ struct Relation {
   const uint8_t* mask;  // [B, N] or nullptr
   int64_t student_channels, teacher_channels, pixels;
   PixelRows rows;  // pixel_relation only
+  // channel relations only; the shifts are [B, C] in the type of the arithmetic, and only in the forward
+  Features features;
+  const void* student_shift;
+  const void* teacher_shift;
+  double inverse_temperature;
 };
 
 // A range of one image's pixels, taken `block` at a time, and a range of the rows of the matrix of sums.
@@ -162,9 +171,18 @@ struct PixelPairLoops {
 };
 
 template <typename A>
+struct ChannelLoops : RelationLoops<A> {
+  // What the channels of x, the student or the teacher, are shifted by, [C]: nearly their means over the `valid` pixels
+  // that count, or their maxima over a part.
+  void (*sample_mean)(const Relation&, const Planes& x, int64_t image, int64_t valid, A* shift);
+  void (*highest)(const Relation&, const Planes& x, const RelationPart&, A* highest);
+};
+
+template <typename A>
 struct Loops {
   PixelLoops decoupled_kl, class_kl;
-  RelationLoops<A> channel_relation, pixel_relation;
+  ChannelLoops<A> channel_relation;
+  RelationLoops<A> pixel_relation;
   PixelPairLoops<A> pixel_pairs;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);

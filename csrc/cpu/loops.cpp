@@ -15,7 +15,7 @@ template <typename A>
 constexpr Loops<A> loops_of() {
   return {pixel_loops<DecoupledKL, A>(),
           pixel_loops<ClassKL, A>(),
-          {channel_sums<A>, channel_gradient<A>},
+          {{channel_sums<A>, channel_gradient<A>}, channel_sample_mean<A>, channel_highest<A>},
           {pixel_sums<A>, pixel_gradient<A>},
           {load_panels<A>, pair_sums<A>, pair_gradient<A>, pair_relations<A>, pair_relations_gradient<A>, store_panels<A>},
           store_line<A>,

@@ -1,5 +1,6 @@
-// channel_relation between its two passes over the pixels: from the channels' products to the value and to the matrix
-// that the student is multiplied with. Derivation: medkd_fast/reference/channel_relation.py.
+// channel_relation and channel_gram between their passes over the pixels: from the channels' products to the relation
+// and the divergence, and back to the matrix that the features are multiplied with. Everything is C×C and in double.
+// Derivation: medkd_fast/reference/channel_relation.py.
 #pragma once
 
 #include "elementary.h"
@@ -7,37 +8,121 @@
 namespace medkd {
 namespace MEDKD_ISA {
 
+enum class ChannelKind { cosine, pearson, gram, row, softmax };
+enum class Divergence { mse, kl };
+
 constexpr double smallest_channel_norm = 1e-12;
 
-// inverse[c] = 1 / max(norm of channel c, 1e-12), from the products [C, C] of every two channels.
-MEDKD_INLINE void inverse_channel_norms(const double* products, int64_t channels, double* inverse) {
+// Pearson takes a channel minus nearly its mean, softmax the exponentials of a channel minus its maximum; both come
+// with a row of ones at the pixels that count, the last of `rows`, whose products are the channels' sums.
+MEDKD_INLINE bool is_shifted(ChannelKind kind) { return kind == ChannelKind::pearson || kind == ChannelKind::softmax; }
+
+// 1 / max(norm, 1e-12). A centred square can round to just below 0.
+MEDKD_INLINE double inverse_channel_norm(double square) {
+  const double norm = sqrt(square < 0 ? 0.0 : square);
+  return 1 / (norm < smallest_channel_norm ? smallest_channel_norm : norm);
+}
+
+// Whether a row has a direction: one that is divided by 1e-12 is divided by a constant.
+MEDKD_INLINE bool turns(double inverse_norm) { return inverse_norm < 1 / smallest_channel_norm; }
+
+// matrix, in: the products [rows, rows] of every two channels; out: their relation, at the same stride.
+// left[c] is what row c was multiplied by, and mean[c] what was left of channel c's mean (pearson; else 0).
+MEDKD_INLINE void relation_of_products(ChannelKind kind, double* matrix, int64_t rows, int64_t channels, double pixels,
+                                       double* left, double* mean) {
   for (int64_t c = 0; c < channels; ++c) {
-    const double norm = sqrt(products[c * channels + c]);
-    inverse[c] = 1 / (norm < smallest_channel_norm ? smallest_channel_norm : norm);
+    const double* row = matrix + c * rows;
+    mean[c] = kind == ChannelKind::pearson ? row[channels] / pixels : 0.0;
+    double square = row[c] - pixels * mean[c] * mean[c];
+    if (kind == ChannelKind::row) {
+      square = 0;
+      for (int64_t k = 0; k < channels; ++k) square += row[k] * row[k];
+    }
+    left[c] = inverse_channel_norm(square);
+    if (kind == ChannelKind::gram) left[c] = 1 / pixels;
+    if (kind == ChannelKind::softmax) left[c] = row[channels] == 0 ? 0.0 : 1 / row[channels];  // 0: no pixel counts
+  }
+  const bool by_rows = kind == ChannelKind::gram || kind == ChannelKind::row;
+  for (int64_t c = 0; c < channels; ++c) {
+    double* row = matrix + c * rows;
+    // every product of two factors alone, so that entries (c, k) and (k, c) are the same number
+    for (int64_t k = 0; k < channels; ++k)
+      row[k] = by_rows ? row[k] * left[c] : (row[k] - pixels * (mean[c] * mean[k])) * (left[c] * left[k]);
   }
 }
 
-// Row c of the matrix: gradient[c, p] = sum over k of row[k] student[k, p], times `scale` for the sum over all entries
-// of (relation of the student - relation of the teacher)^2, of which this row's share is returned.
-template <typename A>
-MEDKD_INLINE double channel_row(const double* student, const double* teacher, const double* inverse_s,
-                                const double* inverse_t, int64_t channels, int64_t c, double scale, A* row) {
-  double value = 0, along = 0;
-  for (int64_t k = 0; k < channels; ++k) {
-    const double relation_s = student[c * channels + k] * inverse_s[c] * inverse_s[k];
-    const double relation_t = teacher[c * channels + k] * inverse_t[c] * inverse_t[k];
-    const double difference = relation_s - relation_t;
-    value += difference * difference;
-    along += difference * relation_s;
-    row[k] = static_cast<A>(4 * scale * difference * inverse_s[c] * inverse_s[k]);
+// The divergence of one row of the student's relation from the teacher's, to be multiplied by `scale`; v_row is the
+// gradient of the product for the student's row.
+MEDKD_INLINE double divergence_of_rows(Divergence divergence, const double* student, const double* teacher,
+                                       int64_t channels, double temperature, double scale, double* v_row) {
+  double value = 0;
+  if (divergence == Divergence::mse) {
+    for (int64_t k = 0; k < channels; ++k) {
+      const double difference = student[k] - teacher[k];
+      value += difference * difference;
+      v_row[k] = 2 * scale * difference;
+    }
+    return value;
   }
-  // what changes only a channel's length does not change its direction; a channel divided by 1e-12 has none
-  if (student[c * channels + c] >= smallest_channel_norm * smallest_channel_norm) {
-    const double difference = student[c * channels + c] * inverse_s[c] * inverse_s[c] -
-                              teacher[c * channels + c] * inverse_t[c] * inverse_t[c];
-    row[c] = static_cast<A>(4 * scale * (difference - along) * inverse_s[c] * inverse_s[c]);
+  double most_s = student[0], most_t = teacher[0], sum_s = 0, sum_t = 0;
+  for (int64_t k = 1; k < channels; ++k) {
+    most_s = student[k] > most_s ? student[k] : most_s;
+    most_t = teacher[k] > most_t ? teacher[k] : most_t;
+  }
+  for (int64_t k = 0; k < channels; ++k) {
+    sum_s += exp((student[k] - most_s) / temperature);
+    v_row[k] = exp((teacher[k] - most_t) / temperature);
+    sum_t += v_row[k];
+  }
+  // d = log q - log p. The sum of p (e^d - 1 - d) over the row is KL, since p and q have the same sum; no term of it is
+  // negative, and none is lost where q is close to p.
+  const double shift = (most_s - most_t) / temperature + log(sum_s / sum_t);
+  for (int64_t k = 0; k < channels; ++k) {
+    const double p = v_row[k] / sum_t, d = (student[k] - teacher[k]) / temperature - shift;
+    // e^d may overflow where p has underflown
+    const double gained = d < 1 ? p * expm1(d) : exp((student[k] - most_s) / temperature) / sum_s - p;
+    value += gained - p * d;
+    v_row[k] = scale / temperature * gained;
   }
   return value;
+}
+
+// From v [channels, channels], the gradient for the relation (used up), to the matrix [rows, rows] of the gradient for
+// the features as they were multiplied: matrix times them, the row of ones included. Its last row is left alone.
+template <typename R, typename A>
+MEDKD_INLINE void gradient_of_relation(ChannelKind kind, const R* relation, int64_t relation_ld, int64_t rows,
+                                       int64_t channels, double temperature, const double* left, const double* mean,
+                                       double* v, A* matrix) {
+  if (kind == ChannelKind::row)  // through the division by the row's norm
+    for (int64_t c = 0; c < channels; ++c) {
+      const R* r = relation + c * relation_ld;
+      double* v_row = v + c * channels;
+      double along = 0;
+      for (int64_t k = 0; k < channels; ++k) along += v_row[k] * r[k];
+      along = turns(left[c]) ? along : 0.0;
+      for (int64_t k = 0; k < channels; ++k) v_row[k] = (v_row[k] - along * r[k]) * left[c];
+    }
+  // entry (c, k) is the product of two channels, each of which gets its share
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t k = 0; k <= c; ++k) v[c * channels + k] = v[k * channels + c] += v[c * channels + k];
+
+  const bool normed = kind == ChannelKind::cosine || kind == ChannelKind::pearson;
+  for (int64_t c = 0; c < channels; ++c) {
+    const R* r = relation + c * relation_ld;
+    const double* v_row = v + c * channels;
+    A* row = matrix + c * rows;
+    const double own = kind == ChannelKind::row ? 1.0 : kind == ChannelKind::softmax ? left[c] / temperature : left[c];
+    double along = 0, of_means = 0;
+    if (kind == ChannelKind::softmax || (normed && turns(left[c])))
+      for (int64_t k = 0; k < channels; ++k) along += v_row[k] * r[k];
+    for (int64_t k = 0; k < channels; ++k) {
+      const double share = normed && k == c ? v_row[k] - along : v_row[k];
+      const double entry = share * own * (normed || kind == ChannelKind::softmax ? left[k] : 1.0);
+      of_means += entry * mean[k];
+      row[k] = static_cast<A>(entry);
+    }
+    if (is_shifted(kind)) row[channels] = static_cast<A>(kind == ChannelKind::pearson ? -of_means : -along * own);
+  }
 }
 
 }  // namespace MEDKD_ISA

@@ -64,7 +64,9 @@ def per_pixel(name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if x.shape != want:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, want {want} or {(want[0], 1, *want[1:])}")
     if x.device != like.device:
-        raise ValueError(f"{name}: got device {x.device}, want the student's, {like.device}; move it with .to()")
+        raise ValueError(
+            f"{name}: got device {x.device}, want {like.device}, where the features are; move it with .to()"
+        )
     return x.contiguous()
 
 

@@ -67,7 +67,7 @@ def pixel_relation(
     >>> pixel_relation(student, teacher)
     tensor(0.5000)
     """
-    check_relation("pixel_relation", student, teacher, relation, RELATIONS, divergence, temperature, reduction)
+    check_relation(student, teacher, relation, RELATIONS, divergence, temperature, reduction)
     mask = pixel_mask(mask, student)
     across = bool(across_images)
     if choose("pixel_relation", student.device.type) == "reference":

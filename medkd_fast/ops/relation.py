@@ -10,7 +10,6 @@ DIVERGENCES = ("mse", "kl")
 
 
 def check_relation(
-    name: str,
     student: torch.Tensor,
     teacher: torch.Tensor,
     relation: str,
@@ -24,11 +23,6 @@ def check_relation(
     common.check_choice("divergence", divergence, DIVERGENCES)
     common.check_choice("reduction", reduction, common.REDUCTIONS)
     common.check_temperature(temperature)
-    if name == "channel_relation" and (relation, divergence) != ("cosine", "mse"):
-        raise NotImplementedError(
-            f"{name}: relation={relation!r} with divergence={divergence!r} is not built yet; "
-            "what there is: relation='cosine' with divergence='mse'"
-        )
     if student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"student and teacher: got spatial sizes {tuple(student.shape[2:])} and {tuple(teacher.shape[2:])}, want equal "
