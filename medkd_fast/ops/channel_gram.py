@@ -11,6 +11,7 @@ from medkd_fast.ops import common
 from medkd_fast.ops.channel_relation import RELATIONS
 from medkd_fast.ops.relation import pixel_mask
 from medkd_fast.reference.channel_gram import channel_gram as reference
+from medkd_fast.reference.common import arithmetic
 
 
 def channel_gram(
@@ -91,7 +92,7 @@ if not UNAVAILABLE["cpp"]:
         x: torch.Tensor, mask: torch.Tensor | None, relation: str, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         images, channels = x.shape[:2]
-        matrix = x.new_empty((images, channels, channels), dtype=common.arithmetic(x, x))
+        matrix = x.new_empty((images, channels, channels), dtype=arithmetic(x, x))
         return matrix, x.new_empty((images, 3, channels), dtype=torch.float64)
 
     @torch.library.register_fake("medkd_fast::channel_gram_backward_cpp")

@@ -10,6 +10,7 @@ from medkd_fast.backend import UNAVAILABLE, choose
 from medkd_fast.ops import common
 from medkd_fast.ops.relation import check_relation, pixel_mask
 from medkd_fast.reference.channel_relation import channel_relation as reference
+from medkd_fast.reference.common import arithmetic
 
 RELATIONS = ("cosine", "pearson", "gram", "row", "softmax")
 
@@ -119,7 +120,7 @@ if not UNAVAILABLE["cpp"]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         images, channels = student.shape[:2]
         rows = channels + (relation in ("pearson", "softmax"))
-        dtype = common.arithmetic(student, teacher)
+        dtype = arithmetic(student, teacher)
         loss = student.new_empty((images,) if reduction == "none" else (), dtype=dtype)
         return loss, student.new_empty((images, rows, rows), dtype=dtype)
 

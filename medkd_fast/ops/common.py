@@ -90,11 +90,6 @@ def check_labels(target: torch.Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def arithmetic(student: torch.Tensor, teacher: torch.Tensor) -> torch.dtype:
-    """The type that sums are made in: float64 as soon as one input is, else float32."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
 def wants_gradient(student: torch.Tensor) -> bool:
     return student.requires_grad and torch.is_grad_enabled()
 

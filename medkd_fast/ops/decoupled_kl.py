@@ -9,6 +9,7 @@ import torch
 from medkd_fast.backend import UNAVAILABLE, choose
 from medkd_fast.ops import common
 from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs
+from medkd_fast.reference.common import arithmetic
 from medkd_fast.reference.decoupled_kl import decoupled_kl as reference
 
 
@@ -104,7 +105,7 @@ def pixel_weight(weight: torch.Tensor | None, student: torch.Tensor, teacher: to
     weight = common.per_pixel("weight", weight, teacher)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight requires grad, and the loss gives it none; pass weight.detach()")
-    return weight.to(common.arithmetic(student, teacher))
+    return weight.to(arithmetic(student, teacher))
 
 
 if not UNAVAILABLE["cpp"]:

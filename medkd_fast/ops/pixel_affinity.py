@@ -10,6 +10,7 @@ import torch
 from medkd_fast.backend import UNAVAILABLE, choose
 from medkd_fast.ops import common
 from medkd_fast.ops.pixel_relation import RELATIONS
+from medkd_fast.reference.common import arithmetic
 from medkd_fast.reference.pixel_affinity import pixel_affinity as reference
 
 
@@ -67,7 +68,7 @@ if not UNAVAILABLE["cpp"]:
     @torch.library.register_fake("medkd_fast::pixel_affinity_cpp")
     def _fake(x: torch.Tensor, relation: str) -> torch.Tensor:
         pixels = math.prod(x.shape[2:])
-        return x.new_empty((x.shape[0], pixels, pixels), dtype=common.arithmetic(x, x))
+        return x.new_empty((x.shape[0], pixels, pixels), dtype=arithmetic(x, x))
 
     @torch.library.register_fake("medkd_fast::pixel_affinity_backward_cpp")
     def _fake_backward(x: torch.Tensor, upstream: torch.Tensor, relation: str) -> torch.Tensor:

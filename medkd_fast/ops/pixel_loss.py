@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from medkd_fast.ops.common import arithmetic, first_order
+from medkd_fast.ops.common import first_order
+from medkd_fast.reference.common import arithmetic
 
 
 def call(operator: str, *args: Any) -> tuple[torch.Tensor, ...]:

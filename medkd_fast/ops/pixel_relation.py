@@ -10,6 +10,7 @@ import torch
 from medkd_fast.backend import UNAVAILABLE, choose
 from medkd_fast.ops import common
 from medkd_fast.ops.relation import check_relation, pixel_mask
+from medkd_fast.reference.common import arithmetic
 from medkd_fast.reference.pixel_relation import pixel_relation as reference
 
 RELATIONS = ("cosine", "pearson", "gram")
@@ -124,7 +125,7 @@ class PixelRelationKL(torch.autograd.Function):
 
 def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, across_images: bool, reduction: str) -> torch.Tensor:
     size = student.shape[:1] * (2 if across_images else 1) if reduction == "none" else ()
-    return student.new_empty(size, dtype=common.arithmetic(student, teacher))
+    return student.new_empty(size, dtype=arithmetic(student, teacher))
 
 
 if not UNAVAILABLE["cpp"]:

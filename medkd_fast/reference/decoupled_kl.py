@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from medkd_fast.ops.common import arithmetic
+from medkd_fast.reference.common import arithmetic
 
 INF = float("inf")
 

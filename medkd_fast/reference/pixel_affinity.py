@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from medkd_fast.ops.common import arithmetic
+from medkd_fast.reference.common import arithmetic
 from medkd_fast.reference.pixel_relation import normalised
 
 
