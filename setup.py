@@ -100,7 +100,8 @@ def cpu_jobs() -> list[tuple[Path, list[str]]]:
         (ROOT / "csrc/cpu/loops.cpp", [*LOOP_FLAGS, f"-DMEDKD_ISA={name}", *flags])
         for name, flags in INSTRUCTION_SETS.items()
     ]
-    jobs += [(path, [*INCLUDES, *TORCH_FLAGS]) for path in [ROOT / "csrc/schema.cpp", *sources]]
+    jobs += [(path, [*INCLUDES, *TORCH_FLAGS]) for path in sources]
+    jobs += [(ROOT / "csrc/schema.cpp", [*INCLUDES, *TORCH_FLAGS, '-DMEDKD_BACKEND="cpp"'])]
     return [*jobs, (ROOT / "csrc/cpu/isa.cpp", isa)]
 
 

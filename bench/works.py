@@ -105,17 +105,28 @@ def relation(
     return work
 
 
+BF16 = torch.bfloat16
 WORKS: dict[str, Callable[[], Work]] = {
     "decoupled_kl": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224)),
+    "decoupled_kl_bf16": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), dtype=BF16),
+    "decoupled_kl_channels_last": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), layout="channels_last"),
     "decoupled_kl_32_classes": lambda: pixel_loss("decoupled_kl", (2, 32, 224, 224)),
     "decoupled_kl_upsampled": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), (56, 56)),
-    "decoupled_kl_bf16": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), dtype=torch.bfloat16),
-    "decoupled_kl_channels_last": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), layout="channels_last"),
     "class_kl": lambda: pixel_loss("class_kl", (4, 9, 224, 224)),
+    "class_kl_bf16": lambda: pixel_loss("class_kl", (4, 9, 224, 224), dtype=BF16),
+    "class_kl_channels_last": lambda: pixel_loss("class_kl", (4, 9, 224, 224), layout="channels_last"),
     "channel_relation": lambda: relation("channel_relation", (4, 64, 112, 112)),
+    "channel_relation_bf16": lambda: relation("channel_relation", (4, 64, 112, 112), dtype=BF16),
+    "channel_relation_channels_last": lambda: relation("channel_relation", (4, 64, 112, 112), layout="channels_last"),
     "pixel_relation": lambda: relation("pixel_relation", (2, 64, 64, 64)),
+    "pixel_relation_bf16": lambda: relation("pixel_relation", (2, 64, 64, 64), dtype=BF16),
+    "pixel_relation_channels_last": lambda: relation("pixel_relation", (2, 64, 64, 64), layout="channels_last"),
     "pixel_relation_3d": lambda: relation("pixel_relation", (1, 32, 48, 48, 48), published=False),
     "pixel_relation_kl": lambda: relation("pixel_relation", (2, 64, 64, 64), divergence="kl"),
+    "pixel_relation_kl_bf16": lambda: relation("pixel_relation", (2, 64, 64, 64), divergence="kl", dtype=BF16),
+    "pixel_relation_kl_channels_last": lambda: relation(
+        "pixel_relation", (2, 64, 64, 64), divergence="kl", layout="channels_last"
+    ),
     "pixel_relation_kl_3d": lambda: relation("pixel_relation", (1, 16, 24, 24, 24), divergence="kl"),
     "decoupled_kl_small": lambda: pixel_loss("decoupled_kl", (1, 4, 32, 32)),
     "class_kl_small": lambda: pixel_loss("class_kl", (1, 4, 32, 32)),

@@ -338,7 +338,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("operator", CALLS)
-def test_equals_the_definition(cpp: None, one_thread: None, operator: str) -> None:
+def test_equals_the_definition(cpp: str, one_thread: None, operator: str) -> None:
     checked = hypothesis.given(CALLS[operator])(check)
     hypothesis.settings(
         PROFILE,
