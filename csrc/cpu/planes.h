@@ -59,6 +59,7 @@ template <typename A>
 inline int64_t load_transposed(const A* from, int64_t stride, int64_t channels, int64_t length, int64_t ld, A scale,
                                A* out) {
   constexpr int64_t lanes = vector_lanes<A>;
+  const int64_t some = channels < lanes ? channels : lanes;
   int64_t p = 0;
   for (; p + lanes <= length && (p + lanes - 1) * stride + lanes <= (length - 1) * stride + channels; p += lanes)
     for (int64_t c = 0; c < channels; c += lanes) {
@@ -67,7 +68,9 @@ inline int64_t load_transposed(const A* from, int64_t stride, int64_t channels, 
 #pragma GCC unroll 16
       for (int64_t i = 0; i < lanes; ++i) square[i] = scale * load_loose(from + (p + i) * stride + first);
       transpose<A>(square);
-      for (int64_t j = 0; j < lanes && first + j < channels; ++j) store_loose<A>(square[j], out + (first + j) * ld + p);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < lanes; ++j)
+        if (j < some) store_loose<A>(square[j], out + (first + j) * ld + p);
     }
   return p;
 }
@@ -76,13 +79,15 @@ inline int64_t load_transposed(const A* from, int64_t stride, int64_t channels, 
 template <typename A>
 inline int64_t store_transposed(const A* in, int64_t ld, int64_t channels, int64_t length, int64_t stride, A* to) {
   constexpr int64_t lanes = vector_lanes<A>;
+  const int64_t some = channels < lanes ? channels : lanes;
   int64_t p = 0;
   for (; p + lanes <= length && (p + lanes - 1) * stride + lanes <= (length - 1) * stride + channels; p += lanes)
     for (int64_t c = 0; c < channels; c += lanes) {
       const int64_t first = c + lanes <= channels || c == 0 ? c : channels - lanes;
       Vector<A> square[lanes];
+#pragma GCC unroll 16
       for (int64_t j = 0; j < lanes; ++j)
-        square[j] = first + j < channels ? load_loose(in + (first + j) * ld + p) : Vector<A>{};
+        square[j] = j < some ? load_loose(in + (first + j) * ld + p) : Vector<A>{};
       transpose<A>(square);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < lanes; ++i) store_loose<A>(square[i], to + (p + i) * stride + first);
