@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz sanitize lint bench numerics clean
+.PHONY: demo test fuzz sanitize lint bench numerics gpu-check clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     microbenchmarks'
 	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
+	@echo 'make gpu-check  build, test and measure on a GPU, with the Python that PYTHON names (STEPS="build bench": some of it)'
 	@echo 'make clean     remove what the others made'
 
 .venv/pip-$(KEY):
@@ -64,6 +65,9 @@ bench: .venv/test-$(KEY)
 
 numerics: .venv/test-$(KEY)
 	$(BIN)/python tests/numerics.py
+
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(STEPS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache medkd_fast/*.so medkd_fast/_build.json
