@@ -1,52 +1,51 @@
-// The list of what exists. Every backend has its own operator name, because two of them can share one device.
+// The list of what exists. Every backend has its own operator names, because two of them can share one device; it compiles
+// this with its name as MEDKD_BACKEND, for example "cpp".
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(medkd_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) {
   // Outputs: loss, its parts, 1 / denominator (or 1), and the gradient of the loss times the denominator.
   m.def(
-      "decoupled_kl_cpp(Tensor student, Tensor teacher, Tensor target, Tensor? weight, float target_weight, "
+      "decoupled_kl_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor target, Tensor? weight, float target_weight, "
       "float nontarget_weight, float temperature, int ignore_index, str reduction, bool need_gradient) "
       "-> (Tensor loss, Tensor target_term, Tensor nontarget_term, Tensor scale, Tensor gradient)");
   m.def(
-      "class_kl_cpp(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+      "class_kl_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
       "int ignore_index, str reduction, bool need_gradient) -> (Tensor loss, Tensor scale, Tensor gradient)");
   // Outputs: loss [] or [B], and the matrix [B, C, C] whose product with the student is the gradient; the backward
   // multiplies by upstream [] or [B]. For pearson and softmax the matrix is [B, C + 1, C + 1]: the last column goes
   // with a row of ones, the last row is what the channels are shifted by.
   m.def(
-      "channel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str relation, str divergence, "
+      "channel_relation_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, str relation, str divergence, "
       "float temperature, str reduction) -> (Tensor loss, Tensor matrix)");
   m.def(
-      "channel_relation_backward_cpp(Tensor student, Tensor? mask, Tensor matrix, Tensor upstream, str relation, "
+      "channel_relation_backward_" MEDKD_BACKEND "(Tensor student, Tensor? mask, Tensor matrix, Tensor upstream, str relation, "
       "float temperature) -> Tensor gradient");
   // Outputs: the relation, and what the backward needs beside it: what the rows were multiplied by, what was left of
   // the channels' means, and what they were shifted by, in double.
   m.def(
-      "channel_gram_cpp(Tensor x, Tensor? mask, str relation, float temperature) "
+      "channel_gram_" MEDKD_BACKEND "(Tensor x, Tensor? mask, str relation, float temperature) "
       "-> (Tensor matrix, Tensor state)");
   m.def(
-      "channel_gram_backward_cpp(Tensor x, Tensor? mask, Tensor matrix, Tensor state, Tensor upstream, str relation, "
+      "channel_gram_backward_" MEDKD_BACKEND "(Tensor x, Tensor? mask, Tensor matrix, Tensor state, Tensor upstream, str relation, "
       "float temperature) -> Tensor gradient");
   // As channel_relation, with a matrix [B, student channels, 2 * max(channels)] for the stacked difference and sum of
   // normalised features. Across images the loss is [] or [B, B], and the backward mixes the images' matrices.
   m.def(
-      "pixel_relation_cpp(Tensor student, Tensor teacher, Tensor? mask, str relation, bool across_images, "
+      "pixel_relation_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, str relation, bool across_images, "
       "str reduction) -> (Tensor loss, Tensor matrix)");
   m.def(
-      "pixel_relation_backward_cpp(Tensor student, Tensor teacher, Tensor? mask, Tensor matrix, Tensor upstream, "
+      "pixel_relation_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, Tensor matrix, Tensor upstream, "
       "str relation, bool across_images, str reduction) -> Tensor gradient");
   // Outputs: loss [], [B] or [B, B], and what the backward needs of every row's softmax, [B, 1 or B, 4, N rounded up].
   m.def(
-      "pixel_relation_kl_cpp(Tensor student, Tensor teacher, Tensor? mask, str relation, float temperature, "
+      "pixel_relation_kl_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, str relation, float temperature, "
       "bool across_images, str reduction) -> (Tensor loss, Tensor rows)");
   m.def(
-      "pixel_relation_kl_backward_cpp(Tensor student, Tensor teacher, Tensor? mask, Tensor rows, Tensor upstream, "
+      "pixel_relation_kl_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, Tensor rows, Tensor upstream, "
       "str relation, float temperature, bool across_images, str reduction) -> Tensor gradient");
   // The relation matrix itself, [B, N, N], in the type of the arithmetic.
-  m.def("pixel_affinity_cpp(Tensor x, str relation) -> Tensor affinity");
-  m.def("pixel_affinity_backward_cpp(Tensor x, Tensor upstream, str relation) -> Tensor gradient");
+  m.def("pixel_affinity_" MEDKD_BACKEND "(Tensor x, str relation) -> Tensor affinity");
+  m.def("pixel_affinity_backward_" MEDKD_BACKEND "(Tensor x, Tensor upstream, str relation) -> Tensor gradient");
   // gradient *= upstream * scale, in place, in the type of the arithmetic.
-  m.def("scale_gradient_cpp(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()");
-  // The instruction set that the CPU loops were chosen for.
-  m.def("instruction_set() -> str");
+  m.def("scale_gradient_" MEDKD_BACKEND "(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()");
 }

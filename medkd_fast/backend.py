@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 #: Names that `set_backend` takes.
-BACKENDS = ("auto", "cpp", "reference")
+BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 #: Operators and, fastest first, the fused backends that have them by device type. (CPU: one backend, nothing to measure.)
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",)},
@@ -29,13 +29,15 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def _load() -> str:
-    """Loads the native library. Returns why it could not, or an empty string."""
+def _load(part: str) -> str:
+    """Loads the native library of "cpu" or "cuda". Returns why it could not, or an empty string."""
     folder = Path(__file__).parent
-    library, report = folder / "_cpu.so", folder / "_build.json"
+    library, report = folder / f"_{part}.so", folder / "_build.json"
+    if part == "cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
     if not library.exists():
-        built = json.loads(report.read_text())["cpu"] if report.exists() else "not built (MEDKD_FAST_NO_EXT=1)"
-        return f"medkd_fast/_cpu.so is missing: {built}"
+        built = json.loads(report.read_text()).get(part) if report.exists() else None
+        return f"medkd_fast/_{part}.so is missing: {built or 'not built (MEDKD_FAST_NO_EXT=1)'}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -43,8 +45,23 @@ def _load() -> str:
     return ""
 
 
+def _load_triton() -> str:
+    """Registers the Triton kernels. Returns why it could not, or an empty string."""
+    if torch.version.cuda is None and not INTERPRETED:
+        return f"torch {torch.__version__} was built without CUDA"
+    try:
+        import medkd_fast.kernels  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not here: {error}"
+    return ""
+
+
+#: Triton kernels run on CPU tensors, thousands of times slower: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: Why a backend cannot run here; an empty string where it can.
-UNAVAILABLE = {"cpp": _load(), "reference": ""}
+UNAVAILABLE = {"cpp": _load("cpu"), "cuda": _load("cuda"), "triton": _load_triton(), "reference": ""}
+#: Fused backends that run on tensors of a device type when they are forced, and are never chosen there.
+ON_REQUEST = {"cpu": ["triton"] if INTERPRETED else []}
 _forced = "auto"  # a module global: torch.compile guards on it
 _warned: set[str] = set()
 
@@ -89,6 +106,8 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(operator: str, device_type: str) -> str:
     """The backend that `operator` runs with on tensors of that device type."""
     candidates = OPERATORS[operator].get(device_type, ())
+    if _forced in ON_REQUEST.get(device_type, ()) and _forced in OPERATORS[operator].get("cuda", ()):
+        return _forced
     if _forced == "auto":
         for name in candidates:
             if not UNAVAILABLE[name]:
@@ -102,6 +121,27 @@ def choose(operator: str, device_type: str) -> str:
             f"for {where}. Use set_backend('auto') or set_backend('reference')"
         )
     return _forced
+
+
+def kernel(operator: str, backend: str) -> Callable[..., Any]:
+    """The operator of a fused backend: each has its own, because two of them can share one device."""
+    return getattr(torch.ops.medkd_fast, f"{operator}_{backend}")
+
+
+_fakes: dict[str, Callable[..., Any]] = {}
+
+
+def shapes_of(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function that makes an operator's outputs without content, for torch.compile, with every fused backend."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        _fakes[operator] = fake
+        for name in ("cpp", "cuda", "triton"):
+            if not UNAVAILABLE[name] and hasattr(torch.ops.medkd_fast, f"{operator}_{name}"):
+                torch.library.register_fake(f"medkd_fast::{operator}_{name}", fake)
+        return fake
+
+    return register
 
 
 def _warn_once(operator: str, device_type: str) -> None:

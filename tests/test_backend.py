@@ -26,11 +26,11 @@ def test_forcing_and_restoring() -> None:
         with pytest.raises(RuntimeError, match="inner"), medkd_fast.use_backend("auto"):
             raise RuntimeError("inner")
         assert backend.choose("class_kl", "cpu") == "reference"
-    with pytest.raises(ValueError, match="backend: got 'gpu', want one of auto, cpp, reference"):
+    with pytest.raises(ValueError, match="backend: got 'gpu', want one of auto, cpp, cuda, triton, reference"):
         medkd_fast.set_backend("gpu")
 
 
-def test_forcing_a_backend_on_a_device_without_it(cpp: None) -> None:
+def test_forcing_a_backend_on_a_device_without_it(cpp: str) -> None:
     with pytest.raises(
         RuntimeError, match="'cpp' is forced and has no kernel for cuda tensors; fused kernels exist for cpu"
     ):
@@ -80,16 +80,41 @@ def test_every_operator_has_its_rooms() -> None:
     for operator in backend.OPERATORS:
         for room in ("csrc/cpu/{}.cpp", "medkd_fast/ops/{}.py", "medkd_fast/reference/{}.py", "tests/test_{}.py"):
             assert (ROOT / room.format(operator)).exists(), room.format(operator)
-        assert f"{operator}_cpp(" in schema
+        assert f'"{operator}_" MEDKD_BACKEND "(' in schema
         assert callable(getattr(medkd_fast, operator))
 
 
-def test_the_library_uses_the_stable_abi_alone(cpp: None) -> None:
+def test_the_library_uses_the_stable_abi_alone(cpp: str) -> None:
     library = str(ROOT / "medkd_fast/_cpu.so")
     wanted = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_call_dispatcher" in wanted or "torch_call_dispatcher" in wanted
     # functions of at::, c10:: and torch:: by their mangled names, and Python's own
     assert not re.findall(r"\b_ZN[KR]*(?:2at|3c10|5torch)\d\w*|\b_?Py\w+", wanted)
+
+
+def test_the_cuda_library_needs_what_every_torch_with_cuda_exports() -> None:
+    library = ROOT / "medkd_fast/_cuda.so"
+    if not library.exists():
+        pytest.skip(
+            "medkd_fast/_cuda.so is not built: " + json.loads((ROOT / "medkd_fast/_build.json").read_text())["cuda"]
+        )
+    listing = subprocess.run(["nm", "-D", "-u", str(library)], capture_output=True, text=True, check=True).stdout
+    unversioned = {line.split()[-1] for line in listing.splitlines() if "@" not in line}
+    # what has no version is torch's: its C functions alone, those that a torch without CUDA lacks being in libtorch_cuda
+    torch_s = {name for name in unversioned if re.match(r"(aoti_)?torch_", name)}
+    assert "aoti_torch_get_current_cuda_stream" in torch_s
+    assert unversioned - torch_s <= {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+    torch_exports = subprocess.run(
+        ["nm", "-D", "--defined-only", str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    exported = {line.split()[-1] for line in torch_exports.splitlines()}
+    assert torch_s - exported <= {"aoti_torch_get_current_cuda_stream"}
+    # static cudart, and nothing that the driver brings: a machine without a GPU can load it
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "libtorch.so" in needed and not re.search(r"libcuda|libcudart", needed)
 
 
 def build_wheel(tmp_path: Path, **environment: str) -> Path:
@@ -109,9 +134,10 @@ def build_wheel(tmp_path: Path, **environment: str) -> Path:
 def test_without_a_compiler_the_package_installs_and_says_so(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, PATH="/nonexistent", CXX="")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "medkd_fast/_cpu.so" not in names
+    assert not any(name.endswith(".so") for name in names)
     report = json.loads(zipfile.ZipFile(wheel).read("medkd_fast/_build.json"))
     assert report["cpu"].startswith("not built: no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+    assert report["cuda"].startswith("not built: no C++ compiler found")
 
 
 def test_pure_python_wheel(tmp_path: Path) -> None:
@@ -120,11 +146,13 @@ def test_pure_python_wheel(tmp_path: Path) -> None:
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
 
 
-def test_wheel_with_the_library(tmp_path: Path, cpp: None) -> None:
+def test_wheel_with_the_library(tmp_path: Path, cpp: str) -> None:
     (tmp_path / "build").mkdir()
     objects = ROOT / "build" / "objects"
     if objects.exists():  # what is compiled already need not be again
         shutil.copytree(objects, tmp_path / "build" / "objects")
     wheel = build_wheel(tmp_path)
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
-    assert "medkd_fast/_cpu.so" in zipfile.ZipFile(wheel).namelist()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "medkd_fast/_cpu.so" in names
+    assert ("medkd_fast/_cuda.so" in names) == (ROOT / "medkd_fast/_cuda.so").exists()

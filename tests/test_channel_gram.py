@@ -7,6 +7,7 @@ import torch
 from operators import ROUNDING, assert_close, channels_last, over_threads, value_and_gradient
 
 import medkd_fast
+from medkd_fast.backend import kernel
 from medkd_fast.ops.channel_gram import channel_gram
 from medkd_fast.ops.channel_relation import channel_relation
 
@@ -73,7 +74,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_relation
-def test_equals_the_definition(cpp: None, relation: str, shape: tuple[int, ...]) -> None:
+def test_equals_the_definition(fused: str, relation: str, shape: tuple[int, ...]) -> None:
     x = sample(shape)
     mask = torch.rand(shape[0], *shape[2:]) < 0.8
     upstream = torch.randn(shape[0], shape[1], shape[1], dtype=torch.float64)  # not symmetric
@@ -90,7 +91,7 @@ def test_equals_the_definition(cpp: None, relation: str, shape: tuple[int, ...])
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (2, 4, 1, 1)], ids=["one channel", "one pixel"])
 @every_relation
-def test_one_channel_and_one_pixel(cpp: None, relation: str, shape: tuple[int, ...]) -> None:
+def test_one_channel_and_one_pixel(fused: str, relation: str, shape: tuple[int, ...]) -> None:
     x = sample(shape).float()
     upstream = torch.randn(2, shape[1], shape[1])
     got, gradient = value_and_gradient(lambda y: channel_gram(y, relation=relation), x, upstream)
@@ -164,7 +165,7 @@ def test_no_pixel_that_counts(backend: str, relation: str) -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @every_relation
-def test_half_precision(cpp: None, half: torch.dtype, relation: str) -> None:
+def test_half_precision(fused: str, half: torch.dtype, relation: str) -> None:
     x = sample((2, 9, 32, 48)).to(half)
     upstream = torch.randn(2, 9, 9)
     if relation == "softmax":
@@ -177,7 +178,7 @@ def test_half_precision(cpp: None, half: torch.dtype, relation: str) -> None:
 
 
 @every_relation
-def test_layouts_give_the_same_bits(cpp: None, relation: str) -> None:
+def test_layouts_give_the_same_bits(fused: str, relation: str) -> None:
     x, upstream = sample((2, 5, 36, 50)).float(), torch.randn(2, 5, 5)
     want, want_gradient = value_and_gradient(lambda y: channel_gram(y, relation=relation), x, upstream)
     for layout in (channels_last(x), x.transpose(2, 3).contiguous().transpose(2, 3)):
@@ -187,7 +188,7 @@ def test_layouts_give_the_same_bits(cpp: None, relation: str) -> None:
 
 
 @every_relation
-def test_same_bits_for_any_number_of_threads(cpp: None, relation: str) -> None:
+def test_same_bits_for_any_number_of_threads(cpp: str, relation: str) -> None:
     for shape in ((3, 9, 100, 60), (1, 140, 30, 20)):
         x, upstream = sample(shape).float(), torch.randn(shape[0], shape[1], shape[1])
         over_threads(
@@ -213,13 +214,13 @@ def test_upstream_gradients(backend: str, relation: str) -> None:
 
 
 @every_relation
-def test_opcheck(cpp: None, relation: str) -> None:
+def test_opcheck(fused: str, relation: str) -> None:
     for x, mask in ((sample(), None), (sample().bfloat16(), torch.rand(2, 6, 7) < 0.7)):
         args = (x, mask, relation, 0.5)
-        torch.library.opcheck(torch.ops.medkd_fast.channel_gram_cpp, args)
-        matrix, state = torch.ops.medkd_fast.channel_gram_cpp(*args)
+        torch.library.opcheck(kernel("channel_gram", fused), args)
+        matrix, state = kernel("channel_gram", fused)(*args)
         args = (channels_last(x), mask, matrix, state, torch.randn_like(matrix), relation, 0.5)
-        torch.library.opcheck(torch.ops.medkd_fast.channel_gram_backward_cpp, args)
+        torch.library.opcheck(kernel("channel_gram_backward", fused), args)
 
 
 @pytest.mark.parametrize("relation", ["cosine", "softmax"])

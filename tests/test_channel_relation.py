@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from operators import ROUNDING, assert_close, channels_last, over_threads, value_and_gradient
 
 import medkd_fast
+from medkd_fast.backend import kernel
 from medkd_fast.ops.channel_relation import channel_relation
 
 RELATIONS = ["cosine", "pearson", "gram", "row", "softmax"]
@@ -86,7 +87,9 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @every_kind
-def test_equals_the_definition(cpp: None, relation: str, divergence: str, masked: bool, shape: tuple[int, ...]) -> None:
+def test_equals_the_definition(
+    fused: str, relation: str, divergence: str, masked: bool, shape: tuple[int, ...]
+) -> None:
     student, teacher = sample(shape)
     mask = torch.rand(shape[0], *shape[2:]) < 0.8 if masked else None
     reduction = "none" if masked else "mean"
@@ -110,7 +113,7 @@ def test_equals_the_definition(cpp: None, relation: str, divergence: str, masked
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (2, 4, 1, 1)], ids=["one channel", "one pixel"])
 @every_kind
-def test_one_channel_and_one_pixel(cpp: None, relation: str, divergence: str, shape: tuple[int, ...]) -> None:
+def test_one_channel_and_one_pixel(fused: str, relation: str, divergence: str, shape: tuple[int, ...]) -> None:
     student, teacher = (x.float() for x in sample(shape))
     settings = {"relation": relation, "divergence": divergence}
     value, gradient = value_and_gradient(lambda x: channel_relation(x, teacher, **settings), student)
@@ -132,7 +135,7 @@ def test_gradcheck(backend: str, relation: str, divergence: str, reduction: str)
 
 
 @every_kind
-def test_converged(cpp: None, relation: str, divergence: str) -> None:
+def test_converged(fused: str, relation: str, divergence: str) -> None:
     other, teacher = sample((2, 48, 24, 24))
     s, t = (teacher + 1e-3 * torch.randn_like(teacher)).float(), teacher.float()
     settings = {"relation": relation, "divergence": divergence}
@@ -144,7 +147,7 @@ def test_converged(cpp: None, relation: str, divergence: str) -> None:
 
 
 @every_kind
-def test_equal_features_have_no_loss(cpp: None, relation: str, divergence: str) -> None:
+def test_equal_features_have_no_loss(fused: str, relation: str, divergence: str) -> None:
     student, _ = sample((2, 9, 12, 10))
     for x in (student, student.float()):
         value, gradient = value_and_gradient(
@@ -155,7 +158,7 @@ def test_equal_features_have_no_loss(cpp: None, relation: str, divergence: str) 
 
 
 @pytest.mark.parametrize("divergence", ["mse", "kl"])
-def test_pearson_survives_a_large_mean(cpp: None, divergence: str) -> None:
+def test_pearson_survives_a_large_mean(fused: str, divergence: str) -> None:
     student, teacher = (x.float() for x in sample((2, 9, 40, 50), 1e3))
     student[:, 3] += 1e4
     settings = {"relation": "pearson", "divergence": divergence}
@@ -205,7 +208,7 @@ def test_zero_rows(backend: str, relation: str, divergence: str) -> None:
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 @every_kind
-def test_huge_and_tiny_features(cpp: None, relation: str, divergence: str, scale: float) -> None:
+def test_huge_and_tiny_features(fused: str, relation: str, divergence: str, scale: float) -> None:
     student, teacher = (scale * x.float() for x in sample((2, 6, 40, 50)))
     # scores that differ by less than what the relation's rounding makes of them
     temperature = scale**2 if relation == "gram" else scale if relation == "softmax" else 1.0
@@ -217,7 +220,7 @@ def test_huge_and_tiny_features(cpp: None, relation: str, divergence: str, scale
 
 
 @pytest.mark.parametrize(("relation", "divergence"), [("softmax", "mse"), ("gram", "kl")])
-def test_saturated(cpp: None, relation: str, divergence: str) -> None:
+def test_saturated(fused: str, relation: str, divergence: str) -> None:
     student, teacher = (1e4 * x.float() for x in sample((2, 6, 20, 30)))
     settings = {"relation": relation, "divergence": divergence, "temperature": 1.0}
     value, gradient = value_and_gradient(lambda x: channel_relation(x, teacher, **settings), student)
@@ -228,7 +231,7 @@ def test_saturated(cpp: None, relation: str, divergence: str) -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @every_kind
-def test_half_precision(cpp: None, half: torch.dtype, relation: str, divergence: str) -> None:
+def test_half_precision(fused: str, half: torch.dtype, relation: str, divergence: str) -> None:
     student, teacher = (x.to(half) for x in sample((2, 9, 32, 48)))
     upstream = torch.tensor(2.0**24 if relation == "softmax" else 2.0**10, dtype=torch.float64)
     settings = {"relation": relation, "divergence": divergence}
@@ -268,7 +271,7 @@ def test_masked_pixels_leave_everything(backend: str, relation: str, divergence:
 
 
 @every_kind
-def test_layouts_give_the_same_bits(cpp: None, relation: str, divergence: str) -> None:
+def test_layouts_give_the_same_bits(fused: str, relation: str, divergence: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher = (x.to(dtype) for x in sample((2, 5, 36, 50)))
         loss = partial(channel_relation, relation=relation, divergence=divergence)
@@ -282,7 +285,7 @@ def test_layouts_give_the_same_bits(cpp: None, relation: str, divergence: str) -
 
 
 @every_kind
-def test_same_bits_for_any_number_of_threads(cpp: None, relation: str, divergence: str) -> None:
+def test_same_bits_for_any_number_of_threads(cpp: str, relation: str, divergence: str) -> None:
     for shape in ((3, 9, 100, 60), (1, 140, 30, 20)):
         student, teacher = (x.float() for x in sample(shape))
         settings = {"relation": relation, "divergence": divergence, "mask": torch.rand(shape[0], *shape[2:]) < 0.9}
@@ -320,7 +323,7 @@ def test_upstream_gradients(backend: str, relation: str, divergence: str) -> Non
 @pytest.mark.parametrize(
     ("relation", "divergence"), [("pearson", "kl"), ("gram", "kl"), ("row", "mse"), ("softmax", "mse")]
 )
-def test_compiles_into_one_graph(cpp: None, relation: str, divergence: str) -> None:
+def test_compiles_into_one_graph(fused: str, relation: str, divergence: str) -> None:
     torch._dynamo.reset()
     student, teacher = sample((2, 5, 12, 18))
     settings = {"relation": relation, "divergence": divergence, "temperature": 0.3, "reduction": "none"}
@@ -380,7 +383,7 @@ def test_unequal_channels_raise(backend: str) -> None:
         channel_relation(student[:, :3], teacher)
 
 
-def test_the_teacher_is_not_kept_for_the_backward(cpp: None) -> None:
+def test_the_teacher_is_not_kept_for_the_backward(fused: str) -> None:
     student, teacher = sample()
     loss = channel_relation(student.requires_grad_(), teacher)
     kept = [x.data_ptr() for x in loss.grad_fn.saved_tensors if x is not None]
@@ -389,16 +392,16 @@ def test_the_teacher_is_not_kept_for_the_backward(cpp: None) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("relation", "divergence"), [("cosine", "mse"), ("pearson", "kl"), ("softmax", "mse")])
-def test_opcheck(cpp: None, masked: bool, relation: str, divergence: str) -> None:
+def test_opcheck(fused: str, masked: bool, relation: str, divergence: str) -> None:
     student, teacher = sample()
     mask = torch.rand(2, 6, 7) < 0.7 if masked else None
     for s, t in ((student.bfloat16(), teacher.float()), (student, teacher)):
         for reduction in ("mean", "none"):
             args = (s, t, mask, relation, divergence, 0.5, reduction)
-            torch.library.opcheck(torch.ops.medkd_fast.channel_relation_cpp, args)
-            value, matrix = torch.ops.medkd_fast.channel_relation_cpp(*args)
+            torch.library.opcheck(kernel("channel_relation", fused), args)
+            value, matrix = kernel("channel_relation", fused)(*args)
             upstream = torch.ones_like(value)
             for layout in (s, s.transpose(2, 3), s.to(memory_format=torch.channels_last)):
                 turned = mask.transpose(1, 2).contiguous() if masked and layout.shape != s.shape else mask
                 args = (layout, turned, matrix, upstream, relation, 0.5)
-                torch.library.opcheck(torch.ops.medkd_fast.channel_relation_backward_cpp, args)
+                torch.library.opcheck(kernel("channel_relation_backward", fused), args)

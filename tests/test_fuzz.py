@@ -421,7 +421,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_equals_the_definition(cpp: None, one_thread: None, name: str) -> None:
+def test_equals_the_definition(cpp: str, one_thread: None, name: str) -> None:
     calls, share = CALLS[name]
     hypothesis.settings(
         PROFILE,

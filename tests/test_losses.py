@@ -221,7 +221,7 @@ def test_all_ignored_is_zero(backend: str) -> None:
         assert value == 0 and (gradient == 0).all()
 
 
-def test_losses_compile(cpp: None) -> None:
+def test_losses_compile(cpp: str) -> None:
     torch._dynamo.reset()
     student, teacher = (x.float() for x in maps((2, 4, 8, 8), (2, 4, 8, 8)))
     target = labels(4, 2, 8, 8)

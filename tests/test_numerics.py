@@ -9,7 +9,7 @@ from numerics import CONTRACT, DOCUMENT, DTYPES, POINTS, SETTINGS, limits, measu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_contract(cpp: None, name: str, point: str, dtype: str) -> None:
+def test_contract(cpp: str, name: str, point: str, dtype: str) -> None:
     setting = SETTINGS[name]
     row = measure(setting, point, DTYPES[dtype])
     limit = limits(point, DTYPES[dtype], row.plain, setting.by_products)

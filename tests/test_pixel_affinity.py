@@ -7,6 +7,7 @@ import torch
 from operators import ROUNDING, assert_close, channels_last, over_threads, value_and_gradient
 
 import medkd_fast
+from medkd_fast.backend import kernel
 from medkd_fast.ops.pixel_affinity import pixel_affinity
 from medkd_fast.ops.pixel_relation import pixel_relation
 
@@ -71,13 +72,13 @@ def test_gradcheck(backend: str, relation: str) -> None:
     )
 
 
-def test_the_matrix_is_symmetric(cpp: None) -> None:
+def test_the_matrix_is_symmetric(fused: str) -> None:
     affinity = pixel_affinity(sample((2, 7, 9, 17)).float())
     assert torch.equal(affinity, affinity.mT)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9, 11), (2, 5, 3, 4, 7)], ids=["2-D", "3-D"])
-def test_layouts_give_the_same_bits(cpp: None, shape: tuple[int, ...]) -> None:
+def test_layouts_give_the_same_bits(fused: str, shape: tuple[int, ...]) -> None:
     x = sample(shape).float()
     upstream = torch.randn(2, x[0, 0].numel(), x[0, 0].numel())
     want, want_gradient = value_and_gradient(pixel_affinity, x, upstream)
@@ -87,7 +88,7 @@ def test_layouts_give_the_same_bits(cpp: None, shape: tuple[int, ...]) -> None:
         assert gradient.stride() == other.stride()
 
 
-def test_same_bits_for_any_number_of_threads(cpp: None) -> None:
+def test_same_bits_for_any_number_of_threads(cpp: str) -> None:
     x = sample((2, 9, 30, 31)).float()
     upstream = torch.randn(2, 930, 930)
     over_threads(lambda: list(value_and_gradient(pixel_affinity, x, upstream)))
@@ -108,19 +109,19 @@ def test_zero_pixels_and_no_pixels(backend: str) -> None:
         assert empty.shape == (shape[0], shape[2] * 2, shape[2] * 2) and gradient.shape == shape
 
 
-def test_double_backward_raises(cpp: None) -> None:
+def test_double_backward_raises(fused: str) -> None:
     x = sample((1, 3, 2, 2)).requires_grad_()
     (gradient,) = torch.autograd.grad(pixel_affinity(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="pixel_affinity: second derivatives"):
         gradient.sum().backward()
 
 
-def test_opcheck(cpp: None) -> None:
+def test_opcheck(fused: str) -> None:
     for x in (sample((2, 3, 4, 5)), sample((1, 3, 5)).bfloat16()):
         pixels = x[0, 0].numel()
         upstream = torch.ones(x.shape[0], pixels, pixels, dtype=torch.promote_types(x.dtype, torch.float32))
-        torch.library.opcheck(torch.ops.medkd_fast.pixel_affinity_cpp, (x, "pearson"))
-        torch.library.opcheck(torch.ops.medkd_fast.pixel_affinity_backward_cpp, (x, upstream, "pearson"))
+        torch.library.opcheck(kernel("pixel_affinity", fused), (x, "pearson"))
+        torch.library.opcheck(kernel("pixel_affinity_backward", fused), (x, upstream, "pearson"))
 
 
 def test_compiles_into_one_graph(backend: str) -> None:

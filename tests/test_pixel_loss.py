@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
 import medkd_fast
+from medkd_fast.backend import kernel
 from medkd_fast.functional import class_kl, decoupled_kl
 
 Loss = Callable[..., torch.Tensor]
@@ -78,7 +79,7 @@ def test_equals_the_definition(loss: Loss, backend: str, shape, low, reduction: 
 
 
 @pytest.mark.parametrize("low", [None, (6, 9)], ids=["same size", "upsampled"])
-def test_double_precision(loss: Loss, cpp: None, low) -> None:
+def test_double_precision(loss: Loss, fused: str, low) -> None:
     student, teacher, target = sample((2, 5, 12, 18), low)
     value, gradient = value_and_gradient(lambda x: loss(x, teacher, target), student)
     want, want_gradient = truth(loss, student, teacher, target)
@@ -100,7 +101,7 @@ def test_gradcheck(loss: Loss, backend: str, low, reduction: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("low", [None, (8, 12)], ids=["same size", "upsampled"])
-def test_half_precision_is_no_worse_than_plain_pytorch(loss: Loss, cpp: None, dtype: torch.dtype, low) -> None:
+def test_half_precision_is_no_worse_than_plain_pytorch(loss: Loss, fused: str, dtype: torch.dtype, low) -> None:
     student, teacher, target = (x.to(dtype) if x.is_floating_point() else x for x in sample((2, 9, 32, 48), low))
     value, gradient = value_and_gradient(lambda x: loss(x, teacher, target), student)
     assert (value.dtype, gradient.dtype) == (torch.float32, dtype)
@@ -320,7 +321,7 @@ def test_no_gradient_wanted(loss: Loss, backend: str) -> None:
     assert_close(value, want, 1e-14)
 
 
-def test_double_backward_raises(loss: Loss, cpp: None) -> None:
+def test_double_backward_raises(loss: Loss, fused: str) -> None:
     student, teacher, target = sample((2, 5, 7, 9))
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(student, teacher, target), student, create_graph=True)
@@ -362,7 +363,7 @@ def test_compiles_into_one_graph(loss: Loss, backend: str, low, reduction: str) 
     assert_close(gradient, want_gradient, 1e-14)
 
 
-def test_compiles_for_changing_sizes(loss: Loss, cpp: None) -> None:
+def test_compiles_for_changing_sizes(loss: Loss, fused: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, t, y: loss(x, t, y), fullgraph=True, dynamic=True)
     for size in (5, 6, 9):
@@ -419,20 +420,20 @@ print(instruction_set())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(cpp: None, dtype: torch.dtype) -> None:
+def test_opcheck(fused: str, dtype: torch.dtype) -> None:
     student, teacher, target = (x.to(dtype) if x.is_floating_point() else x for x in sample((2, 5, 6, 7)))
     weight = torch.rand(target.shape)
     for reduction in ("mean", "none"):
         for need_gradient in (True, False):
             torch.library.opcheck(
-                torch.ops.medkd_fast.decoupled_kl_cpp,
+                kernel("decoupled_kl", fused),
                 (student, teacher, target, weight, 1.0, 2.0, 4.0, -100, reduction, need_gradient),
             )
             torch.library.opcheck(
-                torch.ops.medkd_fast.class_kl_cpp,
+                kernel("class_kl", fused),
                 (student, teacher, target, None, 4.0, -100, reduction, need_gradient),
             )
-    torch.library.opcheck(torch.ops.medkd_fast.scale_gradient_cpp, (student, torch.tensor(2.0), torch.tensor(0.5)))
+    torch.library.opcheck(kernel("scale_gradient", fused), (student, torch.tensor(2.0), torch.tensor(0.5)))
 
 
 BAD = [

@@ -78,7 +78,7 @@ def test_a_channel_of_zeros_changes_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(cpp: None, masked: bool) -> None:
+def test_opcheck(fused: str, masked: bool) -> None:
     student, teacher = sample((2, 5, 6, 7), 3)
     mask = torch.rand(2, 6, 7) < 0.7 if masked else None
     for s, t in ((student.bfloat16(), teacher.float()), (student, teacher)):
@@ -381,7 +381,7 @@ def test_across_images_leaves_masked_pixels_and_empty_images_out(backend: str, d
 
 @pytest.mark.parametrize("divergence", ["mse", "kl"])
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_same_bits_for_any_number_of_threads_and_layout(cpp: None, divergence: str, relation: str) -> None:
+def test_same_bits_for_any_number_of_threads_and_layout(cpp: str, divergence: str, relation: str) -> None:
     student, teacher = (x.float() for x in sample((3, 9, 50, 13)))
     mask = torch.rand(3, 50, 13) < 0.9
     settings = {"divergence": divergence, "relation": relation, "mask": mask, "across_images": True}
@@ -392,7 +392,7 @@ def test_same_bits_for_any_number_of_threads_and_layout(cpp: None, divergence: s
 
 
 @pytest.mark.parametrize("divergence", ["mse", "kl"])
-def test_across_images_compiles_into_one_graph(cpp: None, divergence: str) -> None:
+def test_across_images_compiles_into_one_graph(fused: str, divergence: str) -> None:
     torch._dynamo.reset()
     student, teacher = sample((2, 5, 6, 9))
 

@@ -72,7 +72,7 @@ def test_equals_the_definition(loss: Loss, backend: str, shape, reduction: str, 
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 12, 18), (1, 140, 9, 10), (1, 3, 40, 50)], ids=str)
-def test_double_precision(loss: Loss, cpp: None, shape: tuple[int, ...]) -> None:
+def test_double_precision(loss: Loss, fused: str, shape: tuple[int, ...]) -> None:
     student, teacher = sample(shape)
     value, gradient = value_and_gradient(lambda x: loss(x, teacher), student)
     want, want_gradient = truth(loss, student, teacher)
@@ -114,7 +114,7 @@ def test_equal_features_have_no_loss(loss: Loss, backend: str) -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_no_worse_than_plain_pytorch(loss: Loss, cpp: None, half: torch.dtype) -> None:
+def test_half_precision_is_no_worse_than_plain_pytorch(loss: Loss, fused: str, half: torch.dtype) -> None:
     student, teacher = (x.to(half) for x in sample((2, 9, 32, 48)))
     # fp16 cannot hold the gradient of a mean over pairs of pixels: scaled up, as a gradient scaler does
     upstream = torch.tensor(2.0**16, dtype=torch.float64)
@@ -313,7 +313,7 @@ def test_no_gradient_wanted(loss: Loss, backend: str) -> None:
     assert_close(value, want, 1e-14)
 
 
-def test_double_backward_raises(loss: Loss, cpp: None) -> None:
+def test_double_backward_raises(loss: Loss, fused: str) -> None:
     student, teacher = sample((2, 5, 7, 9))
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(student, teacher), student, create_graph=True)
@@ -329,7 +329,7 @@ def test_double_backward_of_the_reference(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 100, 60), (1, 64, 50, 40), (2, 150, 30, 20)], ids=str)
-def test_same_bits_for_any_number_of_threads(loss: Loss, cpp: None, shape: tuple[int, ...]) -> None:
+def test_same_bits_for_any_number_of_threads(loss: Loss, cpp: str, shape: tuple[int, ...]) -> None:
     student, teacher = (x.float() for x in sample(shape))
     mask = torch.rand(shape[0], *shape[2:]) < 0.9
     over_threads(lambda: list(value_and_gradient(lambda x: loss(x, teacher, mask=mask), student)))
@@ -350,7 +350,7 @@ def test_compiles_into_one_graph(loss: Loss, backend: str, reduction: str) -> No
     assert_close(gradient, want_gradient, 1e-13)
 
 
-def test_compiles_for_changing_sizes(loss: Loss, cpp: None) -> None:
+def test_compiles_for_changing_sizes(loss: Loss, fused: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, t: loss(x, t), fullgraph=True, dynamic=True)
     for size in (5, 6, 9):

@@ -21,7 +21,7 @@ def call(setting: Setting, images: int) -> tuple[torch.Tensor, torch.Tensor]:
     return value_and_gradient(lambda x: setting.loss(x, teacher, target), sample.student[:images].float())
 
 
-def test_called_from_several_threads_at_once(cpp: None) -> None:
+def test_called_from_several_threads_at_once(cpp: str) -> None:
     calls: list[Callable[[], tuple[torch.Tensor, torch.Tensor]]] = [
         partial(call, setting, images) for setting in SETTINGS.values() for images in (1, 2)
     ]

@@ -36,6 +36,8 @@ static std::string instruction_set() { return loop_table().name; }
 }  // namespace medkd
 
 STABLE_TORCH_LIBRARY_IMPL(medkd_fast, CPU, m) { m.impl("scale_gradient_cpp", TORCH_BOX(&medkd::scale_gradient)); }
+// The instruction set that the CPU loops were chosen for.
+STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) { m.def("instruction_set() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(medkd_fast, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&medkd::instruction_set));
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from medkd_fast.backend import UNAVAILABLE, choose
+from medkd_fast.backend import choose, kernel, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.channel_relation import RELATIONS
 from medkd_fast.ops.relation import pixel_mask
@@ -61,48 +61,49 @@ def channel_gram(
     if x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one channel")
     mask = pixel_mask(mask, x)
-    if choose("channel_gram", x.device.type) == "reference":
+    backend = choose("channel_gram", x.device.type)
+    if backend == "reference":
         return common.plainly(reference, x, mask, relation, temperature)
     if common.wants_gradient(x):
-        return ChannelGram.apply(x, mask, relation, temperature)
-    return torch.ops.medkd_fast.channel_gram_cpp(x, mask, relation, temperature)[0]
+        return ChannelGram.apply(x, mask, backend, relation, temperature)
+    return kernel("channel_gram", backend)(x, mask, relation, temperature)[0]
 
 
 class ChannelGram(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, mask: torch.Tensor | None, relation: str, temperature: float
+        ctx: Any, x: torch.Tensor, mask: torch.Tensor | None, backend: str, relation: str, temperature: float
     ) -> torch.Tensor:
-        matrix, state = torch.ops.medkd_fast.channel_gram_cpp(x, mask, relation, temperature)
+        matrix, state = kernel("channel_gram", backend)(x, mask, relation, temperature)
         ctx.save_for_backward(x, mask, matrix, state)
-        ctx.settings = relation, temperature
+        ctx.backend, ctx.settings = backend, (relation, temperature)
         return matrix
 
     @staticmethod
     def backward(ctx: Any, v_matrix: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, mask, matrix, state = ctx.saved_tensors
-        gradient = torch.ops.medkd_fast.channel_gram_backward_cpp(x, mask, matrix, state, v_matrix, *ctx.settings)
-        return common.first_order(x, gradient, "channel_gram"), None, None, None
+        backward = kernel("channel_gram_backward", ctx.backend)
+        gradient = backward(x, mask, matrix, state, v_matrix, *ctx.settings)
+        return common.first_order(x, gradient, "channel_gram"), None, None, None, None
 
 
-if not UNAVAILABLE["cpp"]:
+@shapes_of("channel_gram")
+def _fake(
+    x: torch.Tensor, mask: torch.Tensor | None, relation: str, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, channels = x.shape[:2]
+    matrix = x.new_empty((images, channels, channels), dtype=arithmetic(x, x))
+    return matrix, x.new_empty((images, 3, channels), dtype=torch.float64)
 
-    @torch.library.register_fake("medkd_fast::channel_gram_cpp")
-    def _fake(
-        x: torch.Tensor, mask: torch.Tensor | None, relation: str, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        images, channels = x.shape[:2]
-        matrix = x.new_empty((images, channels, channels), dtype=arithmetic(x, x))
-        return matrix, x.new_empty((images, 3, channels), dtype=torch.float64)
 
-    @torch.library.register_fake("medkd_fast::channel_gram_backward_cpp")
-    def _fake_backward(
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        matrix: torch.Tensor,
-        state: torch.Tensor,
-        upstream: torch.Tensor,
-        relation: str,
-        temperature: float,
-    ) -> torch.Tensor:
-        return torch.empty_like(x)
+@shapes_of("channel_gram_backward")
+def _fake_backward(
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    matrix: torch.Tensor,
+    state: torch.Tensor,
+    upstream: torch.Tensor,
+    relation: str,
+    temperature: float,
+) -> torch.Tensor:
+    return torch.empty_like(x)

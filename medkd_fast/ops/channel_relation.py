@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from medkd_fast.backend import UNAVAILABLE, choose
+from medkd_fast.backend import choose, kernel, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.relation import check_relation, pixel_mask
 from medkd_fast.reference.channel_relation import channel_relation as reference
@@ -73,11 +73,12 @@ def channel_relation(
         )
     mask = pixel_mask(mask, student)
     settings = (relation, divergence, temperature, reduction)
-    if choose("channel_relation", student.device.type) == "reference":
+    backend = choose("channel_relation", student.device.type)
+    if backend == "reference":
         return common.plainly(reference, student, teacher, mask, *settings)
     if common.wants_gradient(student):
-        return ChannelRelation.apply(student, teacher, mask, *settings)
-    return torch.ops.medkd_fast.channel_relation_cpp(student, teacher, mask, *settings)[0]
+        return ChannelRelation.apply(student, teacher, mask, backend, *settings)
+    return kernel("channel_relation", backend)(student, teacher, mask, *settings)[0]
 
 
 class ChannelRelation(torch.autograd.Function):
@@ -87,50 +88,51 @@ class ChannelRelation(torch.autograd.Function):
         student: torch.Tensor,
         teacher: torch.Tensor,
         mask: torch.Tensor | None,
+        backend: str,
         relation: str,
         divergence: str,
         temperature: float,
         reduction: str,
     ) -> torch.Tensor:
-        loss, matrix = torch.ops.medkd_fast.channel_relation_cpp(
+        loss, matrix = kernel("channel_relation", backend)(
             student, teacher, mask, relation, divergence, temperature, reduction
         )
         ctx.save_for_backward(student, mask, matrix)
-        ctx.settings = relation, temperature
+        ctx.backend, ctx.settings = backend, (relation, temperature)
         return loss
 
     @staticmethod
     def backward(ctx: Any, v_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, mask, matrix = ctx.saved_tensors
-        gradient = torch.ops.medkd_fast.channel_relation_backward_cpp(student, mask, matrix, v_loss, *ctx.settings)
-        return common.first_order(student, gradient, "channel_relation"), None, None, None, None, None, None
+        backward = kernel("channel_relation_backward", ctx.backend)
+        gradient = backward(student, mask, matrix, v_loss, *ctx.settings)
+        return common.first_order(student, gradient, "channel_relation"), None, None, None, None, None, None, None
 
 
-if not UNAVAILABLE["cpp"]:
+@shapes_of("channel_relation")
+def _fake(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    relation: str,
+    divergence: str,
+    temperature: float,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, channels = student.shape[:2]
+    rows = channels + (relation in ("pearson", "softmax"))
+    dtype = arithmetic(student, teacher)
+    loss = student.new_empty((images,) if reduction == "none" else (), dtype=dtype)
+    return loss, student.new_empty((images, rows, rows), dtype=dtype)
 
-    @torch.library.register_fake("medkd_fast::channel_relation_cpp")
-    def _fake(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        mask: torch.Tensor | None,
-        relation: str,
-        divergence: str,
-        temperature: float,
-        reduction: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        images, channels = student.shape[:2]
-        rows = channels + (relation in ("pearson", "softmax"))
-        dtype = arithmetic(student, teacher)
-        loss = student.new_empty((images,) if reduction == "none" else (), dtype=dtype)
-        return loss, student.new_empty((images, rows, rows), dtype=dtype)
 
-    @torch.library.register_fake("medkd_fast::channel_relation_backward_cpp")
-    def _fake_backward(
-        student: torch.Tensor,
-        mask: torch.Tensor | None,
-        matrix: torch.Tensor,
-        upstream: torch.Tensor,
-        relation: str,
-        temperature: float,
-    ) -> torch.Tensor:
-        return torch.empty_like(student)
+@shapes_of("channel_relation_backward")
+def _fake_backward(
+    student: torch.Tensor,
+    mask: torch.Tensor | None,
+    matrix: torch.Tensor,
+    upstream: torch.Tensor,
+    relation: str,
+    temperature: float,
+) -> torch.Tensor:
+    return torch.empty_like(student)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from medkd_fast.backend import UNAVAILABLE, choose
+from medkd_fast.backend import choose, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.decoupled_kl import check_logits, pixel_weight
 from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs
@@ -60,24 +60,23 @@ def class_kl(
         target = common.labels(target, teacher)
     weight = pixel_weight(weight, student, teacher)
     settings = (float(temperature), int(ignore_index))
-    if choose("class_kl", student.device.type) == "reference":
+    backend = choose("class_kl", student.device.type)
+    if backend == "reference":
         return common.plainly(reference, student, teacher, target, weight, *settings, reduction)
     if common.wants_gradient(student):
-        return PixelLoss.apply(student, teacher, target, weight, "class_kl_cpp", settings, reduction)[0]
-    return call("class_kl_cpp", student, teacher, target, weight, *settings, reduction, False)[0]
+        return PixelLoss.apply(student, teacher, target, weight, "class_kl", backend, settings, reduction)[0]
+    return call("class_kl", backend, student, teacher, target, weight, *settings, reduction, False)[0]
 
 
-if not UNAVAILABLE["cpp"]:
-
-    @torch.library.register_fake("medkd_fast::class_kl_cpp")
-    def _fake(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        target: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        temperature: float,
-        ignore_index: int,
-        reduction: str,
-        need_gradient: bool,
-    ) -> Any:
-        return fake_outputs(student, teacher, 1, reduction, need_gradient)
+@shapes_of("class_kl")
+def _fake(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+) -> Any:
+    return fake_outputs(student, teacher, 1, reduction, need_gradient)

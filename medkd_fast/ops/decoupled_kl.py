@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from medkd_fast.backend import UNAVAILABLE, choose
+from medkd_fast.backend import choose, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs
 from medkd_fast.reference.common import arithmetic
@@ -75,13 +75,19 @@ def decoupled_kl(
     target = common.labels(target, teacher)
     weight = pixel_weight(weight, student, teacher)
     settings = (float(target_weight), float(nontarget_weight), float(temperature), int(ignore_index))
-    if choose("decoupled_kl", student.device.type) == "reference":
+    backend = choose("decoupled_kl", student.device.type)
+    if backend != "cpp":  # its loops check as they go
         common.check_labels(target, teacher.shape[1], ignore_index)
+    if backend == "reference":
         outputs = common.plainly(reference, student, teacher, target, weight, *settings, reduction)
         return DecoupledKL(outputs[0], outputs[1].detach(), outputs[2].detach())
     if common.wants_gradient(student):
-        return DecoupledKL(*PixelLoss.apply(student, teacher, target, weight, "decoupled_kl_cpp", settings, reduction))
-    return DecoupledKL(*call("decoupled_kl_cpp", student, teacher, target, weight, *settings, reduction, False)[:3])
+        return DecoupledKL(
+            *PixelLoss.apply(student, teacher, target, weight, "decoupled_kl", backend, settings, reduction)
+        )
+    return DecoupledKL(
+        *call("decoupled_kl", backend, student, teacher, target, weight, *settings, reduction, False)[:3]
+    )
 
 
 def check_logits(student: torch.Tensor, teacher: torch.Tensor) -> None:
@@ -108,19 +114,17 @@ def pixel_weight(weight: torch.Tensor | None, student: torch.Tensor, teacher: to
     return weight.to(arithmetic(student, teacher))
 
 
-if not UNAVAILABLE["cpp"]:
-
-    @torch.library.register_fake("medkd_fast::decoupled_kl_cpp")
-    def _fake(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        target: torch.Tensor,
-        weight: torch.Tensor | None,
-        target_weight: float,
-        nontarget_weight: float,
-        temperature: float,
-        ignore_index: int,
-        reduction: str,
-        need_gradient: bool,
-    ) -> Any:
-        return fake_outputs(student, teacher, 3, reduction, need_gradient)
+@shapes_of("decoupled_kl")
+def _fake(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    target_weight: float,
+    nontarget_weight: float,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+) -> Any:
+    return fake_outputs(student, teacher, 3, reduction, need_gradient)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from medkd_fast.backend import UNAVAILABLE, choose
+from medkd_fast.backend import choose, kernel, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.pixel_relation import RELATIONS
 from medkd_fast.reference.common import arithmetic
@@ -42,34 +42,34 @@ def pixel_affinity(x: torch.Tensor, *, relation: str = "cosine") -> torch.Tensor
     common.check_choice("relation", relation, RELATIONS)
     if x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one channel")
-    if choose("pixel_affinity", x.device.type) == "reference":
+    backend = choose("pixel_affinity", x.device.type)
+    if backend == "reference":
         return common.plainly(reference, x, relation)
     if common.wants_gradient(x):
-        return PixelAffinity.apply(x, relation)
-    return torch.ops.medkd_fast.pixel_affinity_cpp(x, relation)
+        return PixelAffinity.apply(x, backend, relation)
+    return kernel("pixel_affinity", backend)(x, relation)
 
 
 class PixelAffinity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, relation: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, backend: str, relation: str) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.relation = relation
-        return torch.ops.medkd_fast.pixel_affinity_cpp(x, relation)
+        ctx.backend, ctx.relation = backend, relation
+        return kernel("pixel_affinity", backend)(x, relation)
 
     @staticmethod
     def backward(ctx: Any, v_affinity: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        gradient = torch.ops.medkd_fast.pixel_affinity_backward_cpp(x, v_affinity.contiguous(), ctx.relation)
-        return common.first_order(x, gradient, "pixel_affinity"), None
+        gradient = kernel("pixel_affinity_backward", ctx.backend)(x, v_affinity.contiguous(), ctx.relation)
+        return common.first_order(x, gradient, "pixel_affinity"), None, None
 
 
-if not UNAVAILABLE["cpp"]:
+@shapes_of("pixel_affinity")
+def _fake(x: torch.Tensor, relation: str) -> torch.Tensor:
+    pixels = math.prod(x.shape[2:])
+    return x.new_empty((x.shape[0], pixels, pixels), dtype=arithmetic(x, x))
 
-    @torch.library.register_fake("medkd_fast::pixel_affinity_cpp")
-    def _fake(x: torch.Tensor, relation: str) -> torch.Tensor:
-        pixels = math.prod(x.shape[2:])
-        return x.new_empty((x.shape[0], pixels, pixels), dtype=arithmetic(x, x))
 
-    @torch.library.register_fake("medkd_fast::pixel_affinity_backward_cpp")
-    def _fake_backward(x: torch.Tensor, upstream: torch.Tensor, relation: str) -> torch.Tensor:
-        return torch.empty_like(x)
+@shapes_of("pixel_affinity_backward")
+def _fake_backward(x: torch.Tensor, upstream: torch.Tensor, relation: str) -> torch.Tensor:
+    return torch.empty_like(x)

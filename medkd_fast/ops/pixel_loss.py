@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
+from medkd_fast.backend import kernel
 from medkd_fast.ops.common import first_order
 from medkd_fast.reference.common import arithmetic
 
 
-def call(operator: str, *args: Any) -> tuple[torch.Tensor, ...]:
+def call(operator: str, backend: str, *args: Any) -> tuple[torch.Tensor, ...]:
     """Calls a fused operator; a bad label comes out as ValueError with the operator's own words."""
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.medkd_fast, operator)(*args)
+        return kernel(operator, backend)(*args)
     try:
-        return getattr(torch.ops.medkd_fast, operator)(*args)
+        return kernel(operator, backend)(*args)
     except RuntimeError as error:
         where = str(error).find("target holds the label")
         if where < 0:
@@ -39,15 +40,19 @@ class PixelLoss(torch.autograd.Function):
         target: torch.Tensor | None,
         weight: torch.Tensor | None,
         operator: str,
+        backend: str,
         settings: tuple[float, ...],
         reduction: str,
     ) -> tuple[torch.Tensor, ...]:
         per_pixel = reduction == "none"
         # a pixel's upstream gradient acts as its weight, which only the backward knows
-        *terms, scale, gradient = call(operator, student, teacher, target, weight, *settings, reduction, not per_pixel)
+        *terms, scale, gradient = call(
+            operator, backend, student, teacher, target, weight, *settings, reduction, not per_pixel
+        )
         ctx.mark_non_differentiable(*terms[1:])
         ctx.save_for_backward(student, teacher, target, weight, scale, gradient)
-        ctx.operator, ctx.settings, ctx.per_pixel, ctx.spent = operator, settings, per_pixel, False
+        ctx.operator, ctx.backend, ctx.settings = operator, backend, settings
+        ctx.per_pixel, ctx.spent = per_pixel, False
         return tuple(terms)
 
     @staticmethod
@@ -56,15 +61,14 @@ class PixelLoss(torch.autograd.Function):
         if ctx.per_pixel:
             weight = v_loss.contiguous() if weight is None else v_loss * weight
         if ctx.per_pixel or ctx.spent:
-            gradient = call(ctx.operator, student, teacher, target, weight, *ctx.settings, "sum", True)[-1]
+            gradient = call(ctx.operator, ctx.backend, student, teacher, target, weight, *ctx.settings, "sum", True)[-1]
         if not ctx.per_pixel:
             if torch.compiler.is_compiling():
                 gradient = gradient * (v_loss * scale)
             else:
-                torch.ops.medkd_fast.scale_gradient_cpp(gradient, v_loss, scale)
+                kernel("scale_gradient", ctx.backend)(gradient, v_loss, scale)
                 ctx.spent = True
-        gradient = first_order(student, gradient, ctx.operator.removesuffix("_cpp"))
-        return gradient, None, None, None, None, None, None
+        return first_order(student, gradient, ctx.operator), None, None, None, None, None, None, None
 
 
 def fake_outputs(student: torch.Tensor, teacher: torch.Tensor, terms: int, reduction: str, need_gradient: bool) -> Any:

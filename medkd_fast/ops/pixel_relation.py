@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from medkd_fast.backend import UNAVAILABLE, choose
+from medkd_fast.backend import choose, kernel, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.relation import check_relation, pixel_mask
 from medkd_fast.reference.common import arithmetic
@@ -71,18 +71,17 @@ def pixel_relation(
     check_relation(student, teacher, relation, RELATIONS, divergence, temperature, reduction)
     mask = pixel_mask(mask, student)
     across = bool(across_images)
-    if choose("pixel_relation", student.device.type) == "reference":
+    backend = choose("pixel_relation", student.device.type)
+    if backend == "reference":
         return common.plainly(reference, student, teacher, mask, relation, divergence, temperature, across, reduction)
     kl = divergence == "kl"
     if common.wants_gradient(student):
         if kl:
-            return PixelRelationKL.apply(student, teacher, mask, relation, temperature, across, reduction)
-        return PixelRelation.apply(student, teacher, mask, relation, across, reduction)
+            return PixelRelationKL.apply(student, teacher, mask, backend, relation, temperature, across, reduction)
+        return PixelRelation.apply(student, teacher, mask, backend, relation, across, reduction)
     if kl:
-        return torch.ops.medkd_fast.pixel_relation_kl_cpp(
-            student, teacher, mask, relation, temperature, across, reduction
-        )[0]
-    return torch.ops.medkd_fast.pixel_relation_cpp(student, teacher, mask, relation, across, reduction)[0]
+        return kernel("pixel_relation_kl", backend)(student, teacher, mask, relation, temperature, across, reduction)[0]
+    return kernel("pixel_relation", backend)(student, teacher, mask, relation, across, reduction)[0]
 
 
 class PixelRelation(torch.autograd.Function):
@@ -90,18 +89,18 @@ class PixelRelation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, *settings: Any
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, backend: str, *settings: Any
     ) -> torch.Tensor:
-        loss, matrix = torch.ops.medkd_fast.pixel_relation_cpp(student, teacher, mask, *settings)
+        loss, matrix = kernel("pixel_relation", backend)(student, teacher, mask, *settings)
         ctx.save_for_backward(student, teacher, mask, matrix)
-        ctx.settings = settings
+        ctx.backend, ctx.settings = backend, settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, v_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient = torch.ops.medkd_fast.pixel_relation_backward_cpp(*ctx.saved_tensors, v_loss, *ctx.settings)
+        gradient = kernel("pixel_relation_backward", ctx.backend)(*ctx.saved_tensors, v_loss, *ctx.settings)
         student = ctx.saved_tensors[0]
-        return common.first_order(student, gradient, "pixel_relation"), None, None, None, None, None
+        return common.first_order(student, gradient, "pixel_relation"), None, None, None, None, None, None
 
 
 class PixelRelationKL(torch.autograd.Function):
@@ -109,18 +108,18 @@ class PixelRelationKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, *settings: Any
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, backend: str, *settings: Any
     ) -> torch.Tensor:
-        loss, rows = torch.ops.medkd_fast.pixel_relation_kl_cpp(student, teacher, mask, *settings)
+        loss, rows = kernel("pixel_relation_kl", backend)(student, teacher, mask, *settings)
         ctx.save_for_backward(student, teacher, mask, rows)
-        ctx.settings = settings
+        ctx.backend, ctx.settings = backend, settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, v_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient = torch.ops.medkd_fast.pixel_relation_kl_backward_cpp(*ctx.saved_tensors, v_loss, *ctx.settings)
+        gradient = kernel("pixel_relation_kl_backward", ctx.backend)(*ctx.saved_tensors, v_loss, *ctx.settings)
         student = ctx.saved_tensors[0]
-        return common.first_order(student, gradient, "pixel_relation"), None, None, None, None, None, None
+        return common.first_order(student, gradient, "pixel_relation"), None, None, None, None, None, None, None
 
 
 def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, across_images: bool, reduction: str) -> torch.Tensor:
@@ -128,58 +127,59 @@ def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, across_images: bool
     return student.new_empty(size, dtype=arithmetic(student, teacher))
 
 
-if not UNAVAILABLE["cpp"]:
+@shapes_of("pixel_relation")
+def _fake(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    relation: str,
+    across_images: bool,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, channels = student.shape[:2]
+    loss = _fake_loss(student, teacher, across_images, reduction)
+    return loss, loss.new_empty((images, channels, 2 * max(channels, teacher.shape[1])))
 
-    @torch.library.register_fake("medkd_fast::pixel_relation_cpp")
-    def _fake(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        mask: torch.Tensor | None,
-        relation: str,
-        across_images: bool,
-        reduction: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        images, channels = student.shape[:2]
-        loss = _fake_loss(student, teacher, across_images, reduction)
-        return loss, loss.new_empty((images, channels, 2 * max(channels, teacher.shape[1])))
 
-    @torch.library.register_fake("medkd_fast::pixel_relation_backward_cpp")
-    def _fake_backward(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        mask: torch.Tensor | None,
-        matrix: torch.Tensor,
-        upstream: torch.Tensor,
-        relation: str,
-        across_images: bool,
-        reduction: str,
-    ) -> torch.Tensor:
-        return torch.empty_like(student)
+@shapes_of("pixel_relation_backward")
+def _fake_backward(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    matrix: torch.Tensor,
+    upstream: torch.Tensor,
+    relation: str,
+    across_images: bool,
+    reduction: str,
+) -> torch.Tensor:
+    return torch.empty_like(student)
 
-    @torch.library.register_fake("medkd_fast::pixel_relation_kl_cpp")
-    def _fake_kl(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        mask: torch.Tensor | None,
-        relation: str,
-        temperature: float,
-        across_images: bool,
-        reduction: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        images, padded = student.shape[0], (math.prod(student.shape[2:]) + 63) // 64 * 64
-        loss = _fake_loss(student, teacher, across_images, reduction)
-        return loss, loss.new_empty((images, images if across_images else 1, 4, padded))
 
-    @torch.library.register_fake("medkd_fast::pixel_relation_kl_backward_cpp")
-    def _fake_kl_backward(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        mask: torch.Tensor | None,
-        rows: torch.Tensor,
-        upstream: torch.Tensor,
-        relation: str,
-        temperature: float,
-        across_images: bool,
-        reduction: str,
-    ) -> torch.Tensor:
-        return torch.empty_like(student)
+@shapes_of("pixel_relation_kl")
+def _fake_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    relation: str,
+    temperature: float,
+    across_images: bool,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, padded = student.shape[0], (math.prod(student.shape[2:]) + 63) // 64 * 64
+    loss = _fake_loss(student, teacher, across_images, reduction)
+    return loss, loss.new_empty((images, images if across_images else 1, 4, padded))
+
+
+@shapes_of("pixel_relation_kl_backward")
+def _fake_kl_backward(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    upstream: torch.Tensor,
+    relation: str,
+    temperature: float,
+    across_images: bool,
+    reduction: str,
+) -> torch.Tensor:
+    return torch.empty_like(student)

@@ -1,0 +1,1 @@
+"""Triton kernels: importing this registers them as torch.ops.medkd_fast.<operator>_triton."""
