@@ -202,7 +202,8 @@ def test_dmd_enhanced_spatial_keeps_small_probabilities() -> None:
     # a probability of 1e-6: in fp32 1 + p keeps one digit of it
     size = (1000, 1000)
     teacher, target = torch.zeros(1, 2, *size), torch.zeros(1, *size, dtype=torch.long)
-    loss = DMDLoss(2, [2], feature_weight=0.0, logit_term="enhanced_spatial", decoupled=True)
+    with pytest.warns(UserWarning, match="2 classes"):
+        loss = DMDLoss(2, [2], feature_weight=0.0, logit_term="enhanced_spatial")
     value = loss(torch.zeros(1, 2, *size), teacher, target, features=[teacher])
     p = torch.tensor(1e-6, dtype=torch.float64)
     want = -1e6 * p.log() * (((1 + p) ** 1.2 - 1) + p**1.2) / 2
