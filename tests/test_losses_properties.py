@@ -19,8 +19,8 @@ CLASSES = 4
 
 
 def layers(x: torch.Tensor) -> list[torch.Tensor]:
-    """Three maps that all depend on x: itself, one of fewer channels, one of another energy."""
-    return [x, x[:, :2], x + x.flip(1)]
+    """Three maps that all depend on x: itself and two of fewer channels."""
+    return [x, x[:, :2], x[:, 1:]]
 
 
 class Case(NamedTuple):
@@ -118,7 +118,7 @@ def test_ignored_pixels_do_not_matter(composed: str, name: str) -> None:
         student[ignored], teacher[ignored] = filling, -filling
         value, gradient = run(name, student, teacher, target.unsqueeze(1).to(torch.int16))
         if name.startswith("dmd"):  # its features go through an interpolation, which has no mask
-            assert filling != filling or value == want
+            assert filling != 1e4 or value == want
             continue
         assert_close(value, want, 1e-12)
         assert_close(gradient, want_gradient, 1e-12)
@@ -135,7 +135,7 @@ def test_without_a_valid_pixel_it_is_zero(composed: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(composed: str, name: str, dtype: torch.dtype) -> None:
     student, teacher, target = inputs()
-    student, teacher = ((100 * x.sign() * x.abs().clamp(0.5, 1)).to(dtype) for x in (student, teacher))
+    student, teacher = ((200 * torch.rand_like(x) - 100).to(dtype) for x in (student, teacher))
     loss, wide = made(name).float(), made(name)
     upstream = torch.tensor(256.0)  # as a gradient scaler does
     value, gradient = value_and_gradient(lambda x: call(name, loss, x, teacher, target), student, upstream)
@@ -175,8 +175,7 @@ def test_a_smaller_student(composed: str, name: str) -> None:
         want, want_gradient = value_and_gradient(
             lambda x: call(name, loss, x, F.avg_pool2d(teacher, (2, 1)), small), student
         )
-        if name != "dsd":  # its layers are averaged after their channels were mixed, which is the same but for |x|²
-            assert_close(gradient, want_gradient, 1e-10)
+        assert_close(gradient, want_gradient, 1e-10)
         assert_close(value, want, 1e-10)
 
 
@@ -220,8 +219,12 @@ def test_under_autocast(cpp: str, name: str) -> None:
     if name.startswith("dmd"):
         loss = losses.DMDLoss(4, [4], feature_weight=0.0, logit_term=loss.logit_term)  # a projector is the network's
     want, want_gradient = value_and_gradient(lambda x: call(name, loss, x, teacher, target), student)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, gradient = value_and_gradient(lambda x: call(name, loss, x, teacher, target), student)
+
+    def autocast(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call(name, loss, x, teacher, target)
+
+    value, gradient = value_and_gradient(autocast, student)
     assert_close(value, want, 1e-6)
     assert_close(gradient, want_gradient, 1e-6)
 

@@ -104,19 +104,19 @@ def pooled(
     """`x` pooled by `factor` over the pixels that count (a rest at the border over what is there), and where any counted."""
     if factor is None or factor == 1:
         return x, mask
-    pool = how[x.dim() - 2]
+    pool, window = how[x.dim() - 2], tuple(min(factor, size) for size in x.shape[2:])
     average = how is AVERAGE_POOL
     settings = {"ceil_mode": True, "count_include_pad": False} if average else {"ceil_mode": True}
     if mask is None:
-        return pool(x, factor, **settings), None
+        return pool(x, window, **settings), None
     mask = mask.unsqueeze(1)
-    share = pool(wide(mask), factor, **settings)
+    share = pool(wide(mask), window, **settings)
     left = share > 0
     # selected, not multiplied: what lies outside may be infinite or no number
     if average:
-        x = pool(torch.where(mask, wide(x), 0), factor, **settings) / torch.where(left, share, 1)
+        x = pool(torch.where(mask, wide(x), 0), window, **settings) / torch.where(left, share, 1)
     else:
-        x = torch.where(left, pool(x.masked_fill(~mask, -torch.inf), factor, **settings), 0)
+        x = torch.where(left, pool(x.masked_fill(~mask, -torch.inf), window, **settings), 0)
     return x, left.squeeze(1)
 
 

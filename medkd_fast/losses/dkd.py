@@ -55,10 +55,11 @@ class DKDLoss(common.DistillationLoss):
         self.activation = activation
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """student, teacher: logits [B, C, *S], C >= 2; target: labels [B, *S] or [B, 1, *S], for "sigmoid" 0 and 1,
-        also [B, C, *S]."""
+        """student, teacher: logits [B, C, *S], C >= 2; target: labels [B, *S] or [B, 1, *S], for "sigmoid" also
+        [B, C, *S], which there only say what to ignore."""
         if self.activation == "sigmoid":
-            target = common.labels_of_heads(target, teacher)
+            # from either of two classes the divergence is the same
+            target = torch.where(common.labels_of_heads(target, teacher) == self.ignore_index, self.ignore_index, 0)
             student, teacher = common.as_two_classes(student), common.as_two_classes(teacher)
         result = functional.decoupled_kl(
             student,

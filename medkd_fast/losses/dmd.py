@@ -123,7 +123,7 @@ class DMDLoss(common.DistillationLoss):
         parts = {}
         if self.feature_weight:
             scales = [
-                self._feature_term(project(x), teacher, target)
+                self._feature_term(project(x.to(next(project.parameters()).dtype)), teacher, target)
                 for project, x in zip(self.projectors, features, strict=True)
             ]
             parts["feature"] = torch.stack(scales).mean()
