@@ -13,9 +13,10 @@ from medkd_fast.losses import common
 class DISTLoss(common.DistillationLoss):
     """beta · (1 − correlation over classes) + gamma · (1 − correlation over pixels), of probabilities, times T².
 
-    inter: 1 − mean over all pixels of the batch of the Pearson correlation between the networks' class probabilities.
-    intra: 1 − mean over the classes of the Pearson correlation over all pixels of the batch. 1e-8 is added to the products
-    of norms.
+    * inter: 1 − mean over all pixels of the batch of the Pearson correlation between the networks' class probabilities.
+    * intra: 1 − mean over the classes of the Pearson correlation over all pixels of the batch.
+
+    1e-8 is added to the products of norms.
 
     Other codes: equal to the authors'; their segmentation code has T = 1 and no ignored pixels.
 

@@ -48,8 +48,7 @@ class DMDLoss(common.DistillationLoss):
         decoupled: False is MFD alone: the full KL divergence on the features, nothing on the logits.
         logit_term: "target": the target part of the decoupled KL. "enhanced_spatial": cross-entropy between softmaxes over the
             pixels, the teacher's raised by the label: with p = softmax over pixels at T and m = one-hot(target),
-            −1/(N·C) · Σ ((p_t + m)^1.2 − m) · log p_s, not multiplied by T². (It grows with the pixels of a class; about
-            1/1000 is a weight to begin with.)
+            −1/(N·C) · Σ ((p_t + m)^1.2 − m) · log p_s, not multiplied by T².
         ignore_index: pixels with this label do not count.
 
     With two classes there is one non-target class and NCKD is 0; a warning says so.

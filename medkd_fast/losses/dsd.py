@@ -16,10 +16,10 @@ from medkd_fast.losses.attention import attention_map
 class DSDLoss(common.DistillationLoss):
     """category_weight · difference of the classes' similarities + pixel_weight · difference of residual attention maps.
 
-    category: logits average-pooled, softmax over the pixels of every channel at the temperature, products P Pᵀ, mean squared
-    difference of the C×C entries.
-    pixel: of every layer the attention map, mean over channels of x², divided by its L2 norm; of every two layers the difference of
-    their maps, divided by its norm; mean squared difference, mean over the pairs of layers.
+    * category: logits average-pooled, softmax over the pixels of every channel at the temperature, products P Pᵀ, mean squared
+      difference of the C×C entries.
+    * pixel: of every layer the attention map, mean over channels of x², divided by its L2 norm; of every two layers the
+      difference of their maps, divided by its norm; mean squared difference, mean over the pairs of layers.
 
     Other codes: equal to CIRKD's copy of the loss.
 

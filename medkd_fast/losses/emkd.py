@@ -16,10 +16,10 @@ from medkd_fast.losses.prototypes import class_labels, class_means, kept
 class EMKDLoss(common.DistillationLoss):
     """0.1 · KL on the logits + 0.9 · difference of importance maps + 0.9 · difference of region affinities.
 
-    prediction: KL over classes at T = 4 times T², mean over valid pixels.
-    importance: attention maps with p = 4, squared difference summed over pixels, mean over images, summed over the layers.
-    region: the mean feature of every class, the cosine between every two classes, squared difference, mean over the pairs whose
-    classes are both in the image, mean over images that have such a pair, summed over the layers.
+    * prediction: KL over classes at T = 4 times T², mean over valid pixels.
+    * importance: attention maps with p = 4, squared difference summed over pixels, mean over images, summed over the layers.
+    * region: the mean feature of every class, the cosine between every two classes, squared difference, mean over the pairs
+      whose classes are both in the image, mean over images that have such a pair, summed over the layers.
 
     Other codes: the authors' code knows two classes, where this equals it for images that have both; one with an absent class it
     counts as 0 in the mean over images (or divides by 0, where it is the first), here it leaves the mean. A student layer of
