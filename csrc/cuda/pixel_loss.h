@@ -67,7 +67,7 @@ template <bool decoupled, typename A>
 struct PixelTerms {
   TargetTerm<A> target;
   Coefficients<A> coefficient;
-  A scale;
+  A scale, inverse_t;
 
   __device__ __forceinline__ PixelTerms(const PixelLoss& loss, const PixelSums<A>& pixel, A weight) {
     scale = weight * static_cast<A>(loss.temperature);
@@ -77,13 +77,14 @@ struct PixelTerms {
       const A d_t = (pixel.own_t - pixel.max_t) * A(ln_2) - log_nonnegative(pixel.sum_t);
       target = target_term(d_s, d_t);
     }
-    coefficient = decoupled_coefficients(pixel.sum_s, pixel.sum_t, target.gradient, static_cast<A>(loss.target_weight),
-                                         static_cast<A>(loss.nontarget_weight), scale);
+    inverse_t = inverse_of_sum(pixel.sum_t);
+    coefficient = decoupled_coefficients(inverse_of_sum(pixel.sum_s), inverse_t, target.gradient,
+                                         static_cast<A>(loss.target_weight), static_cast<A>(loss.nontarget_weight), scale);
   }
 
   __device__ __forceinline__ void values(const PixelLoss& loss, const PixelSums<A>& pixel, bool valid,
                                          A (&value)[terms]) const {
-    const A nontarget = divergence(pixel.sum_s, pixel.sum_t, pixel.weighted * A(ln_2));
+    const A nontarget = divergence(pixel.sum_s, pixel.sum_t, inverse_t, pixel.weighted * A(ln_2));
     const A target_weight = static_cast<A>(loss.target_weight), nontarget_weight = static_cast<A>(loss.nontarget_weight);
     // a part of weight 0 is left out, even an infinite one
     const A total = (target_weight == A(0) ? A(0) : target_weight * target.value) +
