@@ -108,13 +108,16 @@ __device__ __forceinline__ void pixels_in_registers(const PixelLoss& loss, const
                                                     const A (&weight)[count], A (&s)[max_classes][count],
                                                     A (&t)[max_classes][count], A (&value)[count][terms]) {
   PixelSums<A> pixel[count];
+  A own_class[count];  // not an integer, whose comparisons with every class the compiler would make an index into s and t of
+#pragma unroll
+  for (int p = 0; p < count; ++p) own_class[p] = static_cast<A>(label[p]);
 #pragma unroll
   for (int c = 0; c < max_classes; ++c)
     if (c < loss.classes)
 #pragma unroll
       for (int p = 0; p < count; ++p) {
         if (decoupled) {  // from here on the label's class is absent: its exponentials are 0
-          const bool own = label[p] == c;
+          const bool own = own_class[p] == A(c);
           pixel[p].own_s = own ? s[c][p] : pixel[p].own_s;
           pixel[p].own_t = own ? t[c][p] : pixel[p].own_t;
           s[c][p] = own ? -infinity<A>() : s[c][p];
@@ -147,7 +150,7 @@ __device__ __forceinline__ void pixels_in_registers(const PixelLoss& loss, const
     if (loss.gradient.data == nullptr) continue;
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
-      if (c < loss.classes) s[c][p] = result.gradient(s[c][p], t[c][p], label[p] == c, label[p] >= 0);
+      if (c < loss.classes) s[c][p] = result.gradient(s[c][p], t[c][p], own_class[p] == A(c), label[p] >= 0);
   }
 }
 
@@ -171,19 +174,20 @@ __device__ __forceinline__ void join_lanes(A& max, A& sum) {
 }
 
 // A pixel with any number of classes, taken by one lane or by a warp, in two sweeps over the classes. load(first, s, t) fetches
-// the logits of `batch` classes, first, first + lanes, ...; store(c, gradient) may be told any class once.
-constexpr int batch = 4;
+// the logits of `batch` classes, first, first + lanes, ...; store(c, gradient) is called for each class of the lane's.
+template <typename A>
+constexpr int batch = sizeof(A) == sizeof(float) ? 4 : 1;
 
 template <bool decoupled, int lanes, typename A, typename Load, typename Store>
 __device__ __forceinline__ void pixel_in_sweeps(const PixelLoss& loss, int label, A weight, const Load& load,
                                                 const Store& store, A (&value)[terms]) {
   const int first = lanes == 1 ? 0 : lane_index();
   PixelSums<A> pixel;
-  for (int c = first; c < loss.classes; c += batch * lanes) {
-    A s[batch], t[batch];
+  for (int c = first; c < loss.classes; c += batch<A> * lanes) {
+    A s[batch<A>], t[batch<A>];
     load(c, s, t);
 #pragma unroll
-    for (int i = 0; i < batch; ++i) {
+    for (int i = 0; i < batch<A>; ++i) {
       if (c + i * lanes >= loss.classes) continue;
       if (decoupled && c + i * lanes == label) {
         pixel.own_s = s[i];
@@ -205,11 +209,11 @@ __device__ __forceinline__ void pixel_in_sweeps(const PixelLoss& loss, int label
   pixel.max_s = pixel.max_s == -infinity<A>() ? A(0) : pixel.max_s;
   pixel.max_t = pixel.max_t == -infinity<A>() ? A(0) : pixel.max_t;
   const PixelTerms<decoupled, A> result(loss, pixel, weight);
-  for (int c = first; c < loss.classes; c += batch * lanes) {
-    A s[batch], t[batch];
+  for (int c = first; c < loss.classes; c += batch<A> * lanes) {
+    A s[batch<A>], t[batch<A>];
     load(c, s, t);
 #pragma unroll
-    for (int i = 0; i < batch; ++i) {
+    for (int i = 0; i < batch<A>; ++i) {
       if (c + i * lanes >= loss.classes) continue;
       const bool own = decoupled && c + i * lanes == label;
       const A x_s = s[i] - pixel.max_s, x_t = t[i] - pixel.max_t;

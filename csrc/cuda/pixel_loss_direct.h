@@ -234,18 +234,18 @@ __global__ void __launch_bounds__(direct_threads) sweep_kernel(PixelLoss loss) {
     int label;
     A weight, value[terms];
     load_label<decoupled>(loss, index, label, weight);
-    const auto load_from = [&](const Planes& x, int first, A(&out)[batch]) {
+    const auto load_from = [&](const Planes& x, int first, A(&out)[batch<A>]) {
       const int64_t offset = offset_of(x, image, pixel);
       with_type<A>(x.type, [&](auto zero) {
         const auto* from = static_cast<const decltype(zero)*>(x.data) + offset;
 #pragma unroll
-        for (int i = 0; i < batch; ++i)
+        for (int i = 0; i < batch<A>; ++i)
           out[i] = first + i * lanes < loss.classes
                        ? static_cast<A>(widen(from[(first + i * lanes) * x.stride_c])) * scale
                        : A(0);
       });
     };
-    const auto load = [&](int first, A(&s)[batch], A(&t)[batch]) {
+    const auto load = [&](int first, A(&s)[batch<A>], A(&t)[batch<A>]) {
       load_from(loss.student, first, s);
       load_from(loss.teacher, first, t);
     };

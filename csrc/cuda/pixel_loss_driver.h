@@ -185,11 +185,13 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
         launch_registers<decoupled, most>(loss, tiles, stream);
       });
     } else {
-      const bool rows = loss.student.stride_c == 1 && loss.teacher.stride_c == 1 && loss.classes > most_register_classes;
-      make_sums(blocks = ceil_div(loss.images * loss.pixels * (rows ? warp_size : 1), direct_threads));
+      // double is there to be right, not to be fast
+      constexpr int lanes = std::is_same_v<A, float> ? warp_size : 1;
+      const bool rows = loss.student.stride_c == 1 && loss.teacher.stride_c == 1;
+      make_sums(blocks = ceil_div(loss.images * loss.pixels * (rows ? lanes : 1), direct_threads));
       const std::size_t shared = scratch_bytes(direct_threads);
       if (rows)
-        launch<sweep_kernel<decoupled, warp_size, A>>(blocks_of(blocks), direct_threads, shared, stream, loss);
+        launch<sweep_kernel<decoupled, lanes, A>>(blocks_of(blocks), direct_threads, shared, stream, loss);
       else
         launch<sweep_kernel<decoupled, 1, A>>(blocks_of(blocks), direct_threads, shared, stream, loss);
     }

@@ -66,7 +66,8 @@ template <typename A>
 struct LineTile {
   int64_t image, slot;  // slot: among the blocks of all images
   int z, first_y, last_y, first_x, length, x;
-  int low_z, low_y, low_x, touched;  // of the first row and pixel; touched: of the student's pixels along the tile
+  int low_z, low_x, touched;         // of the first pixel; touched: of the student's pixels along the tile
+  int low_y, last_low_y;             // the student's rows that the strip touches
   int own_low;                       // this thread's lower neighbour
   A upper_z, upper_x;
   bool inside;
@@ -86,6 +87,7 @@ struct LineTile {
     inside = static_cast<int>(threadIdx.x) < length;
     low_z = lines.z.lower(z);
     low_y = lines.y.lower(first_y);
+    last_low_y = min(lines.y.lower(last_y - 1) + 1, lines.y.low - 1);
     low_x = lines.x.lower(first_x);
     touched = min(lines.x.lower(first_x + length - 1) + 2, lines.x.low) - low_x;
     own_low = lines.x.lower(x);
@@ -180,81 +182,74 @@ __device__ __forceinline__ A between_rows(A above, A below, A upper) {
 }
 
 template <bool decoupled, int max_classes>
-__global__ void __launch_bounds__(most_line_threads) line_register_kernel(LinesLoss lines) {
+__global__ void __launch_bounds__(most_line_threads, max_classes <= 16 ? 2 : 1) line_register_kernel(LinesLoss lines) {
   const PixelLoss& loss = lines.loss;
   const LineTile<float> tile(lines);
   const LineMemory<float> memory(loss.classes, 3);
   const float scale = static_cast<float>(log2_e / loss.temperature);
   const bool want_gradient = loss.gradient.data != nullptr;
   if (want_gradient) memory.prepare(lines, tile);
-  // this thread's columns: the student's two rows, and what is gathered from
+  // this thread's columns: the student's two rows; the sums of gradients times the lower row's weight, or what is gathered
   float* above = memory.columns[0] + threadIdx.x;
   float* below = memory.columns[1] + threadIdx.x;
-  float* leaving = memory.columns[2] + threadIdx.x;
-  float all[max_classes] = {}, low[max_classes] = {};  // sums of gradients, and times the lower row's weight
+  float* low = memory.columns[2] + threadIdx.x;
+  float all[max_classes] = {};  // sums of gradients
+  for (int c = 0; c < loss.classes; ++c) low[c * memory.pitch] = 0;
   const auto enter_row = [&](int low_y, float* row) {
-    for (int c = 0; c < loss.classes; c += batch) {
-      float some[batch];
+    for (int c = 0; c < loss.classes; c += batch<float>) {
+      float some[batch<float>];
       load_row(lines, tile, low_y, c, scale, some);
 #pragma unroll
-      for (int i = 0; i < batch; ++i)
+      for (int i = 0; i < batch<float>; ++i)
         if (c + i < loss.classes) row[(c + i) * memory.pitch] = some[i];
     }
   };
-  const auto leave_row = [&](int low_y) {
+  double sum[sums] = {};
+  enter_row(tile.low_y, below);
+  for (int low_y = tile.low_y; low_y <= tile.last_low_y; ++low_y) {
+    const int first_y = max(lines.y.begin(low_y), tile.first_y), last_y = min(lines.y.begin(low_y + 1), tile.last_y);
+    float* const free = above;
+    above = below;
+    below = free;
+    if (first_y < last_y) enter_row(min(low_y + 1, lines.y.low - 1), below);
+    for (int y = first_y; y < last_y; ++y) {
+      const float upper = static_cast<float>(lines.y.upper_weight(y));
+      const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
+      int label[1];
+      float weight[1], s[max_classes][1], t[max_classes][1], value[1][terms];
+      load_label<decoupled>(loss, tile.image * loss.pixels + pixel, label[0], weight[0]);
+      if (!tile.inside) {
+        label[0] = -1;
+        weight[0] = 0;
+      }
+      with_type<float>(loss.teacher.type, [&](auto zero) {
+        const auto* at = static_cast<const decltype(zero)*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, pixel);
+#pragma unroll
+        for (int c = 0; c < max_classes; ++c, at += loss.teacher.stride_c)
+          if (c < loss.classes) t[c][0] = widen(*at) * scale;
+      });
+#pragma unroll
+      for (int c = 0; c < max_classes; ++c)
+        if (c < loss.classes) s[c][0] = between_rows(above[c * memory.pitch], below[c * memory.pitch], upper);
+      pixels_in_registers<decoupled, max_classes, 1>(loss, label, weight, s, t, value);
+#pragma unroll
+      for (int c = 0; c < max_classes; ++c)
+        if (c < loss.classes && want_gradient) {
+          all[c] += s[c][0];
+          low[c * memory.pitch] += upper * s[c][0];
+        }
+      if (tile.inside) add_pixel(loss, tile.image * loss.pixels + pixel, value[0], weight[0], sum);
+    }
+    if (!want_gradient) continue;
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
       if (c < loss.classes) {
-        leaving[c * memory.pitch] = all[c] - low[c];
-        all[c] = low[c];  // what belongs to the next row
-        low[c] = 0;
+        const float next = low[c * memory.pitch];  // what belongs to the next row
+        low[c * memory.pitch] = all[c] - next;
+        all[c] = next;
       }
     gather_line(lines, tile, memory, memory.columns[2], low_y, 0, loss.classes);
-  };
-  double sum[sums] = {};
-  int between = -1;
-  for (int y = tile.first_y; y < tile.last_y; ++y) {
-    const int low_y = lines.y.lower(y);
-    const float upper = static_cast<float>(lines.y.upper_weight(y));
-    if (low_y != between) {
-      if (between >= 0 && want_gradient) leave_row(between);
-      if (between < 0) enter_row(low_y, below);
-      between = low_y;
-      float* const free = above;
-      above = below;
-      below = free;
-      enter_row(min(low_y + 1, lines.y.low - 1), below);
-    }
-    const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
-    int label[1];
-    float weight[1], s[max_classes][1], t[max_classes][1], value[1][terms];
-    load_label<decoupled>(loss, tile.image * loss.pixels + pixel, label[0], weight[0]);
-    if (!tile.inside) {
-      label[0] = -1;
-      weight[0] = 0;
-    }
-    with_type<float>(loss.teacher.type, [&](auto zero) {
-      const auto* from = static_cast<const decltype(zero)*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, pixel);
-#pragma unroll
-      for (int c = 0; c < max_classes; ++c)
-        if (c < loss.classes) t[c][0] = widen(from[c * loss.teacher.stride_c]) * scale;
-    });
-#pragma unroll
-    for (int c = 0; c < max_classes; ++c)
-      if (c < loss.classes) s[c][0] = between_rows(above[c * memory.pitch], below[c * memory.pitch], upper);
-    pixels_in_registers<decoupled, max_classes, 1>(loss, label, weight, s, t, value);
-    if (want_gradient)
-#pragma unroll
-      for (int c = 0; c < max_classes; ++c)
-        if (c < loss.classes) {
-          all[c] += s[c][0];
-          low[c] += upper * s[c][0];
-        }
-    if (tile.inside) add_pixel(loss, tile.image * loss.pixels + pixel, value[0], weight[0], sum);
-  }
-  if (want_gradient) {
-    leave_row(between);
-    if (between + 1 < lines.y.low) leave_row(between + 1);
+    for (int c = 0; c < loss.classes; ++c) low[c * memory.pitch] = 0;
   }
   write_sums(loss, sum, memory.scratch);
 }
@@ -276,54 +271,49 @@ __global__ void __launch_bounds__(most_line_threads) line_sweep_kernel(LinesLoss
     memory.prepare(lines, tile);
     for (int c = 0; c < classes; ++c) all[c * memory.pitch] = low[c * memory.pitch] = A(0);
   }
-  const auto leave_row = [&](int low_y) {
+  double sum[sums] = {};
+  for (int low_y = tile.low_y; low_y <= tile.last_low_y; ++low_y) {
+    const int first_y = max(lines.y.begin(low_y), tile.first_y), last_y = min(lines.y.begin(low_y + 1), tile.last_y);
+    for (int y = first_y; y < last_y; ++y) {
+      const A upper = static_cast<A>(lines.y.upper_weight(y));
+      const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
+      int label;
+      A weight, value[terms];
+      load_label<decoupled>(loss, tile.image * loss.pixels + pixel, label, weight);
+      if (!tile.inside) {
+        label = -1;
+        weight = A(0);
+      }
+      const auto load = [&](int first, A(&s)[batch<A>], A(&t)[batch<A>]) {
+        A above[batch<A>], below[batch<A>];
+        load_row(lines, tile, low_y, first, scale, above);
+        load_row(lines, tile, min(low_y + 1, lines.y.low - 1), first, scale, below);
+        with_type<A>(loss.teacher.type, [&](auto zero) {
+          const auto* from =
+              static_cast<const decltype(zero)*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, pixel);
+#pragma unroll
+          for (int i = 0; i < batch<A>; ++i) {
+            s[i] = between_rows(above[i], below[i], upper);
+            t[i] = first + i < loss.classes ? static_cast<A>(widen(from[(first + i) * loss.teacher.stride_c])) * scale : A(0);
+          }
+        });
+      };
+      const auto store = [&](int c, A gradient) {
+        const int own = c - first_class;
+        if (!want_gradient || own < 0 || own >= classes) return;
+        all[own * memory.pitch] += gradient;
+        low[own * memory.pitch] += upper * gradient;
+      };
+      pixel_in_sweeps<decoupled, 1>(loss, label, weight, load, store, value);
+      if (tile.inside && first_class == 0) add_pixel(loss, tile.image * loss.pixels + pixel, value, weight, sum);
+    }
+    if (!want_gradient) continue;
     for (int c = 0; c < classes; ++c) all[c * memory.pitch] -= low[c * memory.pitch];
     gather_line(lines, tile, memory, memory.columns[0], low_y, first_class, classes);
     for (int c = 0; c < classes; ++c) {
-      all[c * memory.pitch] = low[c * memory.pitch];
+      all[c * memory.pitch] = low[c * memory.pitch];  // what belongs to the next row
       low[c * memory.pitch] = A(0);
     }
-  };
-  double sum[sums] = {};
-  int between = -1;
-  for (int y = tile.first_y; y < tile.last_y; ++y) {
-    const int low_y = lines.y.lower(y);
-    const A upper = static_cast<A>(lines.y.upper_weight(y));
-    if (low_y != between && between >= 0 && want_gradient) leave_row(between);
-    between = low_y;
-    const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
-    int label;
-    A weight, value[terms];
-    load_label<decoupled>(loss, tile.image * loss.pixels + pixel, label, weight);
-    if (!tile.inside) {
-      label = -1;
-      weight = A(0);
-    }
-    const auto load = [&](int first, A(&s)[batch], A(&t)[batch]) {
-      A above[batch], below[batch];
-      load_row(lines, tile, low_y, first, scale, above);
-      load_row(lines, tile, min(low_y + 1, lines.y.low - 1), first, scale, below);
-      with_type<A>(loss.teacher.type, [&](auto zero) {
-        const auto* from = static_cast<const decltype(zero)*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, pixel);
-#pragma unroll
-        for (int i = 0; i < batch; ++i) {
-          s[i] = between_rows(above[i], below[i], upper);
-          t[i] = first + i < loss.classes ? static_cast<A>(widen(from[(first + i) * loss.teacher.stride_c])) * scale : A(0);
-        }
-      });
-    };
-    const auto store = [&](int c, A gradient) {
-      const int own = c - first_class;
-      if (!want_gradient || own < 0 || own >= classes) return;
-      all[own * memory.pitch] += gradient;
-      low[own * memory.pitch] += upper * gradient;
-    };
-    pixel_in_sweeps<decoupled, 1>(loss, label, weight, load, store, value);
-    if (tile.inside && first_class == 0) add_pixel(loss, tile.image * loss.pixels + pixel, value, weight, sum);
-  }
-  if (want_gradient) {
-    leave_row(between);
-    if (between + 1 < lines.y.low) leave_row(between + 1);
   }
   if (first_class == 0) write_sums(loss, sum, memory.scratch);
 }
