@@ -38,7 +38,7 @@ def seed() -> None:
 @contextmanager
 def emulated_cuda() -> Iterator[None]:
     """The backend "cuda" takes CPU tensors when it is forced."""
-    cuda_host.load()
+    assert not (error := cuda_host.load()), error
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.UNAVAILABLE, "cuda", "")
         patch.setitem(backends.ON_REQUEST, "cpu", [*backends.ON_REQUEST["cpu"], "cuda"])
@@ -64,6 +64,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["cpp", "cuda", "triton"])
 def fused(request: pytest.FixtureRequest) -> Iterator[str]:
     """For what only fused backends do."""
+    yield from forced(request.param)
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def composed(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For what is composed of operators, which run over every backend in tests of their own."""
     yield from forced(request.param)
 
 
