@@ -111,7 +111,7 @@ def rows_kernel(
     none = tl.full([BLOCK_C], -float("inf"), tl.float64)
     zero = tl.full([BLOCK_C], 0.0, tl.float64)
     max_s, sum_s, max_t, sum_t, weighted = none, zero, none, zero, zero
-    for k in range(0, count):
+    for k in range(count):
         p = pieces + (i_b * count + k) * C + o_c
         max_s, sum_s, max_t, sum_t, weighted = joined(
             max_s, sum_s, max_t, sum_t, weighted,
