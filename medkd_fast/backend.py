@@ -25,7 +25,7 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "channel_gram": {"cpu": ("cpp",)},
     "channel_relation": {"cpu": ("cpp",)},
     "pixel_affinity": {"cpu": ("cpp",)},
-    "pixel_relation": {"cpu": ("cpp",)},
+    "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton",)},
 }
 
 
