@@ -2,11 +2,11 @@
 # was installed from: the second run installs nothing, and a change in these files is noticed.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp csrc/*/*))
+SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz sanitize lint bench numerics clean
+.PHONY: demo test fuzz sanitize lint bench numerics gpu-check clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     microbenchmarks'
 	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
+	@echo 'make gpu-check  build, test and measure on a GPU, with the Python that PYTHON names (STEPS="build bench": some of it)'
 	@echo 'make clean     remove what the others made'
 
 .venv/pip-$(KEY):
@@ -52,7 +53,7 @@ sanitize: .venv/test-$(KEY)
 	MEDKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-		../../$(BIN)/python -m pytest --capture=sys -k "not compile and not memory" $(ARGS) $(addprefix ../../,$(OPERATOR_TESTS))
+		../../$(BIN)/python -m pytest --capture=sys -k "not compile and not memory and not cuda and not triton" $(ARGS) $(addprefix ../../,$(OPERATOR_TESTS))
 
 lint: .venv/test-$(KEY)
 	$(BIN)/ruff check .
@@ -64,6 +65,9 @@ bench: .venv/test-$(KEY)
 
 numerics: .venv/test-$(KEY)
 	$(BIN)/python tests/numerics.py
+
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(STEPS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache medkd_fast/*.so medkd_fast/_build.json

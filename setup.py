@@ -1,8 +1,9 @@
-"""Builds the native library beside the Python package.
+"""Builds the native libraries beside the Python package.
 
 `medkd_fast/_cpu.so` uses nothing but libtorch's stable ABI and is loaded with `torch.ops.load_library`, so one wheel
 serves every Python >= 3.10 and torch >= 2.10. Where there is no C++ compiler the package installs without it, and
-`medkd-fast doctor` says why.
+`medkd-fast doctor` says why. `medkd_fast/_cuda.so` is made wherever nvcc is, also without a GPU and with a torch that
+was built without CUDA; MEDKD_FAST_NO_CUDA=1 leaves it out.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +42,9 @@ SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefin
 if os.environ.get("MEDKD_FAST_SANITIZE") != "1":
     SANITIZE = []
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *SANITIZE]
+# Machine code for A100 and H100 and their kin; the driver makes that for later GPUs from the instructions of 9.0.
+ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "--threads=2"]
 # Stable-ABI declarations of torch 2.10, the oldest version that the library runs with.
 TORCH_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -53,7 +59,11 @@ if X86:
 
 
 class BuildError(Exception):
-    """The native library cannot be built on this machine."""
+    """Something does not compile or link."""
+
+
+class Missing(Exception):
+    """A library is left out, because the tool that makes it is not here or because that was asked for."""
 
 
 def run(command: list[str]) -> str:
@@ -67,18 +77,26 @@ def compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name.split()[0]):
             return name
-    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++); on Debian: apt-get install g++")
+    raise Missing("no C++ compiler found (looked for $CXX, c++, g++, clang++); on Debian: apt-get install g++")
 
 
-def compile_objects(jobs: list[tuple[Path, list[str]]], directory: Path) -> list[Path]:
-    """Compiles (source, flags) pairs. An object is named after the content of what made it, and is made once."""
-    headers = b"".join(path.read_bytes() for path in sorted(ROOT.glob("csrc/**/*.h")))
+def nvcc() -> str:
+    """nvcc of $CUDA_HOME or $PATH. Raises Missing, which says where it was looked for."""
+    home = os.environ.get("CUDA_HOME")
+    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
+    if not found:
+        raise Missing("no nvcc found (looked in $CUDA_HOME/bin and $PATH)")
+    return found
+
+
+def compile_objects(jobs: list[tuple[Path, list[str]]], directory: Path, headers: Iterable[Path] = ()) -> list[Path]:
+    """Runs (source, command) pairs. An object is named after the content of what made it, and is made once."""
+    content = b"".join(path.read_bytes() for path in [*sorted(ROOT.glob("csrc/**/*.h")), *headers])
 
     def one(job: tuple[Path, list[str]]) -> Path:
-        source, flags = job
-        command = [*compiler().split(), *FLAGS, *flags]
+        source, command = job
         key = hashlib.sha256(
-            headers + source.read_bytes() + " ".join([torch.__version__, *command]).encode()
+            content + source.read_bytes() + " ".join([torch.__version__, *command]).encode()
         ).hexdigest()
         target = directory / f"{source.stem}-{key[:16]}.o"
         if not target.exists():
@@ -105,16 +123,36 @@ def cpu_jobs() -> list[tuple[Path, list[str]]]:
     return [*jobs, (ROOT / "csrc/cpu/isa.cpp", isa)]
 
 
+def cuda_jobs() -> list[tuple[Path, list[str]]]:
+    """Sources of the CUDA library with their flags, for nvcc."""
+    flags = [*CUDA_FLAGS, *ARCHITECTURES, *INCLUDES, *TORCH_FLAGS]
+    jobs = [(path, flags) for path in sorted(ROOT.glob("csrc/cuda/*.cu"))]
+    return [*jobs, (ROOT / "csrc/schema.cpp", [*flags, '-DMEDKD_BACKEND="cuda"'])]
+
+
 def build_cpu(target: Path, directory: Path) -> str:
-    objects = compile_objects(cpu_jobs(), directory)
+    command = [*compiler().split(), *FLAGS]
+    objects = compile_objects([(source, [*command, *flags]) for source, flags in cpu_jobs()], directory)
     link = [*compiler().split(), *SANITIZE, "-shared", "-o", str(target), *map(str, objects)]
     link += [f"-L{TORCH_LIBRARIES}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     run(link)
     return f"built with {run([*compiler().split(), '--version']).splitlines()[0]} against torch {torch.__version__}"
 
 
+def build_cuda(target: Path, directory: Path) -> str:
+    if os.environ.get("MEDKD_FAST_NO_CUDA") == "1" or SANITIZE:
+        raise Missing("MEDKD_FAST_NO_CUDA=1" if not SANITIZE else "MEDKD_FAST_SANITIZE=1 is for the CPU")
+    compiler()  # nvcc needs one too
+    objects = compile_objects([(source, [nvcc(), *flags]) for source, flags in cuda_jobs()], directory)
+    link = [nvcc(), *ARCHITECTURES, "-shared", "-cudart=static", "-o", str(target), *map(str, objects)]
+    link += [f"-L{TORCH_LIBRARIES}", "-Xlinker=--no-as-needed,--exclude-libs,ALL", "-ltorch", "-ltorch_cpu"]
+    run(link)
+    release = re.search(r"release [\d.]+", run([nvcc(), "--version"]))
+    return f"built with nvcc {release[0] if release else ''} against torch {torch.__version__}"
+
+
 class BuildNative(build_ext):
-    """Makes medkd_fast/_cpu.so, and medkd_fast/_build.json, which says how or why not."""
+    """Makes medkd_fast/_cpu.so and _cuda.so, and medkd_fast/_build.json, which says how or why not."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -122,26 +160,28 @@ class BuildNative(build_ext):
     def run(self) -> None:
         package = ROOT / "medkd_fast" if self.inplace else Path(self.build_lib) / "medkd_fast"
         package.mkdir(parents=True, exist_ok=True)
-        target = package / "_cpu.so"
-        try:
-            partial = package / "_cpu.so.partial"
-            report = {"cpu": build_cpu(partial, ROOT / "build" / "objects")}
-            os.replace(partial, target)
-        except BuildError as error:
-            if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX"):
-                sys.exit(f"medkd_fast: the native library did not compile:\n{error}")
-            target.unlink(missing_ok=True)
-            report = {"cpu": f"not built: {error}"}
+        report = {}
+        for part, build in (("cpu", build_cpu), ("cuda", build_cuda)):
+            target = package / f"_{part}.so"
+            partial = target.with_suffix(".so.partial")
+            try:
+                report[part] = build(partial, ROOT / "build" / "objects")
+                os.replace(partial, target)
+            except Missing as error:
+                target.unlink(missing_ok=True)
+                report[part] = f"not built: {error}"
+            except BuildError as error:
+                sys.exit(f"medkd_fast: the {part} library did not compile:\n{error}")
         if report["cpu"].startswith("not built"):
             print(f"warning: medkd_fast: {report['cpu']}. The slower reference backend will serve.", file=sys.stderr)
         (package / "_build.json").write_text(json.dumps(report))
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in (Path(self.build_lib) / "medkd_fast").glob("_cpu.so")]
+        return [str(path) for path in (Path(self.build_lib) / "medkd_fast").glob("_c*.so")]
 
 
 class PythonAgnosticWheel(bdist_wheel):
-    """The library does not know Python's ABI: the wheel is py3-none-<platform>."""
+    """The libraries do not know Python's ABI: the wheel is py3-none-<platform>."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

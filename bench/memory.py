@@ -1,6 +1,7 @@
-"""Peak memory of a work's calls, in a process of its own: `python memory.py KEY` prints {variant: bytes} as JSON.
+"""Peak memory of a work's calls: on a GPU what torch allocates, on a CPU measured in a process of its own, where
+`python memory.py KEY` prints {variant: bytes} as JSON.
 
-Memory is what the process's resident set rises to above where it stood with the inputs. For that, freed blocks must go
+A CPU's is what the process's resident set rises to above where it stood with the inputs. For that, freed blocks must go
 back to the system at once, which costs time: so nothing is timed here, and the timed process is left alone.
 """
 
@@ -14,11 +15,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import machine
 import torch
+from works import WORKS
 
 
 def measure(key: str) -> dict[str, int]:
     """Bytes above the inputs, forward and backward, the gradient included: the fused call and the eager baselines."""
+    if machine.GPU:
+        return every_peak(key)
     # blocks from 64 kB come from mmap and return there
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, __file__, key]
@@ -33,6 +38,12 @@ def _status(field: str) -> int:
 
 
 def peak_bytes(student: torch.Tensor, function: Callable[[], torch.Tensor]) -> int:
+    if student.is_cuda:
+        student.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function().backward()
+        return torch.cuda.max_memory_allocated() - before
     for _ in range(2):  # the first call loads code and starts threads
         student.grad = None
         before = _status("VmRSS")
@@ -42,11 +53,16 @@ def peak_bytes(student: torch.Tensor, function: Callable[[], torch.Tensor]) -> i
     return max(peak - before, 0)
 
 
-if __name__ == "__main__":
-    from works import WORKS
-
-    work = WORKS[sys.argv[1]]()
+def every_peak(key: str) -> dict[str, int]:
+    work = WORKS[key]()
     peaks = {"fused": peak_bytes(work.student, work.fused)}
     for kind, (baseline, args) in work.variants.items():
-        peaks[f"{kind} eager"] = peak_bytes(work.student, lambda f=baseline, a=args: f(*a))
-    print(json.dumps(peaks))
+        try:
+            peaks[f"{kind} eager"] = peak_bytes(work.student, lambda f=baseline, a=args: f(*a))
+        except torch.OutOfMemoryError:
+            continue
+    return peaks
+
+
+if __name__ == "__main__":
+    print(json.dumps(every_peak(sys.argv[1])))

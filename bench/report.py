@@ -7,34 +7,40 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS = ("published eager", "published compiled", "plain eager", "plain compiled")
+OURS = ("fused fp32 contiguous", "fused triton", "fused cuda")
 
 
 def table(result: dict[str, Any]) -> str:
     limits = result["limits"]
+    units = "" if result["device"] == "gpu" else f"{result['instruction_set']}, "
+    rates = ", ".join(f"{name} {rate / 1e9:.4g} {'GB/s' if name == 'copy' else 'G/s'}" for name, rate in limits.items())
+    ours = [name for name in OURS if any(name in row["ratio"] for row in result["rows"])]
     lines = [
         (
-            f"{result['machine']}, {result['instruction_set']}, torch {result['versions']['torch']}, commit {result['commit']}, "
-            f"{result['date']}. Limits measured in the same run: copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
-            f"GEMM {limits['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s, exp {limits['exps_per_second'] / 1e9:.2f} G/s."
+            f"{result['machine']}, {units}torch {result['versions']['torch']}, commit {result['commit']}, "
+            f"{result['date']}. Limits measured in the same run: {rates}."
         ),
         "",
         (
             "Forward and backward. Times: median (20–80 %). Ratios: median over rounds of variant / fused, so more is better for "
             "us. Peak: memory above the inputs, the gradient included, beside the size of the student's tensor."
+            + " GPU: replays of CUDA graphs; «host»: what the host needs for an eager call."
+            * (result["device"] == "gpu")
         ),
         "",
         "| work | fused, ms | "
-        + " | ".join(f"vs {name}" for name in VARIANTS)
+        + " | ".join(f"vs {name}" for name in (*VARIANTS, *ours))
         + " | peak, MB (student) | published, MB "
         "| of the limit |",
-        "|---|---|" + "---|" * len(VARIANTS) + "---|---|---|",
+        "|---|---|" + "---|" * len((*VARIANTS, *ours)) + "---|---|---|",
     ]
     for row in result["rows"]:
         own = row["milliseconds"]["fused"]
         ratios = [f"{row['ratio'][name]['p50']:.1f}x" if name in row["ratio"] else "does not fit" for name in VARIANTS]
+        ratios += [f"{row['ratio'][name]['p50']:.2f}x" if name in row["ratio"] else "" for name in ours]
         published = row["peak_bytes"].get("published eager")
         lines.append(
-            f"| {row['work']} | {own['p50']:.2f} ({own['p20']:.2f}–{own['p80']:.2f}) | "
+            f"| {row['work']} | {own['p50']:.3g} ({own['p20']:.3g}–{own['p80']:.3g}) | "
             + " | ".join(ratios)
             + f" | {row['peak_bytes']['fused'] / 1e6:.1f} ({row['input_bytes'] / 1e6:.1f}) | "
             + ("does not fit" if published is None else f"{published / 1e6:.0f}")

@@ -1,24 +1,50 @@
-"""Forward and backward of every operator against its baselines, interleaved: one call of each variant a round."""
+"""Forward and backward of every operator against its baselines, interleaved: one step of each variant a round."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
+import clock
+import machine
 import memory
 import pytest
 import torch
-from works import WORKS
+from works import WORKS, Call, Work
 
 import medkd_fast
+from medkd_fast import backend
 
-ROUNDS = 21
+CLOCKS: dict[str, clock.Clock] = {"cpu": clock.cpu, "gpu": clock.gpu, "host": clock.host}
 
 
-def step(student: torch.Tensor, function: Callable[[], torch.Tensor]) -> None:
+def step(student: torch.Tensor, function: Call) -> None:
     student.grad = None
     function().backward()
+
+
+def forced(name: str, function: Call) -> Call:
+    def call() -> torch.Tensor:
+        with medkd_fast.use_backend(name):
+            return function()
+
+    return call
+
+
+def calls_of(work: Work) -> dict[str, tuple[torch.Tensor, Call]]:
+    """Of every variant, the student and the call on one set of inputs."""
+    calls = {"fused": (work.student, work.fused)}
+    for name in backend.OPERATORS[work.operator].get("cuda", ()) if machine.GPU else ():
+        if not backend.UNAVAILABLE[name]:
+            calls[f"fused {name}"] = work.student, forced(name, work.fused)
+    if work.ordinary:
+        calls["fused fp32 contiguous"] = work.ordinary.student, work.ordinary.fused
+    for kind, (function, args) in work.variants.items():
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        calls[f"{kind} eager"] = work.student, lambda f=function, a=args: f(*a)
+        calls[f"{kind} compiled"] = work.student, lambda f=compiled, a=args: f(*a)
+    return calls
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
@@ -31,35 +57,28 @@ def quantiles(times: list[float]) -> dict[str, float]:
 def test_operator(key: str, benchmark, limits: dict[str, float]) -> None:
     torch._dynamo.reset()
     work = WORKS[key]()
-    calls: dict[str, Callable[[], None]] = {"fused": lambda: step(work.student, work.fused)}
-    for kind, (function, args) in work.variants.items():
-        compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        calls[f"{kind} eager"] = lambda f=function, a=args: step(work.student, lambda: f(*a))
-        calls[f"{kind} compiled"] = lambda f=compiled, a=args: step(work.student, lambda: f(*a))
-    for call in calls.values():  # compiles, and warms up
-        call()
-        call()
-
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    copies = 1 + int(machine.BEYOND_CACHE // work.input_bytes)
+    calls = [calls_of(one) for one in (work, *(WORKS[key]() for _ in range(copies - 1)))]
+    run: dict[str, Callable[[], float]] = {}
+    for name in calls[0]:
+        steps = [partial(step, *every[name]) for every in calls]
+        try:
+            run[name] = CLOCKS[work.clock](steps)
+        except torch.OutOfMemoryError:
+            assert not name.startswith("fused")
+    times: dict[str, list[float]] = {name: [] for name in run}
 
     def others() -> None:
         """Runs in every round before the fused call, which pytest-benchmark times."""
-        for name, call in calls.items():
+        for name, seconds in run.items():
             if name != "fused":
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds())
 
-    def fused() -> None:
-        start = time.perf_counter()
-        calls["fused"]()
-        times["fused"].append(time.perf_counter() - start)
-
-    benchmark.pedantic(fused, setup=others, rounds=ROUNDS, iterations=1)
+    benchmark.pedantic(lambda: times["fused"].append(run["fused"]()), setup=others, rounds=work.rounds, iterations=1)
     bound = {
-        "memory": work.bytes / limits["copy_bytes_per_second"],
-        "exp": work.exps / limits["exps_per_second"],
-        "gemm": work.flops / limits["gemm_flops_per_second"],
+        "memory": work.bytes / limits["copy"],
+        "exp": work.exps / limits["exp"],
+        "gemm": work.flops / limits[work.gemm],
     }
     binding = max(bound, key=bound.get)
     ratios = {
@@ -67,14 +86,15 @@ def test_operator(key: str, benchmark, limits: dict[str, float]) -> None:
         for name, values in times.items()
         if name != "fused"
     }
+    run.clear()
     benchmark.extra_info.update(
         work=work.name,
         milliseconds={name: quantiles(values) for name, values in times.items()},
         ratio={name: {q: v / 1e3 for q, v in quantiles(values).items()} for name, values in ratios.items()},
         peak_bytes=memory.measure(key),
-        input_bytes=work.largest_input,
+        input_bytes=work.student_bytes,
         limit_milliseconds=bound[binding] * 1e3,
         limit_binds=binding,
         limit_share=bound[binding] / statistics.median(times["fused"]),
-        backend=medkd_fast.backend.choose(work.name.split()[0], "cpu"),
+        backend=backend.choose(work.operator, work.student.device.type),
     )

@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import baselines
+import machine
 import torch
 
 import medkd_fast
 
 Call = Callable[[], torch.Tensor]
+BF16 = torch.bfloat16
 
 
 @dataclass
 class Work:
     """One line of the table. `bytes`, `exps` and `flops` are what any implementation must do, forward and backward."""
 
+    operator: str
     name: str
     student: torch.Tensor
     fused: Call
@@ -26,16 +29,26 @@ class Work:
     bytes: float = 0
     exps: float = 0
     flops: float = 0
-    largest_input: int = 0
+    gemm: str = "gemm float32"
+    clock: str = "gpu" if machine.GPU else "cpu"
+    rounds: int = 21
+    input_bytes: int = 0
+    ordinary: Work | None = None  # the same in fp32 and contiguous, where this is not
+
+    @property
+    def student_bytes(self) -> int:
+        return self.student.numel() * self.student.element_size()
 
 
 def _inputs(shape: tuple[int, ...], low: tuple[int, ...] | None, layout: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(*shape[:2], *(low or shape[2:]), generator=generator).to(dtype)
-    teacher = torch.randn(shape, generator=generator).to(dtype)
+    generator = torch.Generator("cuda" if machine.GPU else "cpu").manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=generator.device)
+    student = draw((*shape[:2], *(low or shape[2:]))).to(dtype)
+    teacher = draw(shape).to(dtype)
     if layout == "channels_last":
         student, teacher = (x.to(memory_format=torch.channels_last) for x in (student, teacher))
-    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    size = (shape[0], *shape[2:])
+    target = torch.randint(0, shape[1], size, generator=generator, device=generator.device)
     return [student.requires_grad_(), teacher, target]
 
 
@@ -58,25 +71,31 @@ def pixel_loss(
     size = student.element_size()
     if operator == "decoupled_kl":
         args: tuple[torch.Tensor, ...] = (student, teacher, target)
-        work = Work("", student, lambda: medkd_fast.decoupled_kl(student, teacher, target, temperature=4.0).loss)
         labels = target.numel() * 8
+
+        def fused() -> torch.Tensor:
+            return medkd_fast.decoupled_kl(student, teacher, target, temperature=4.0).loss
     else:
-        args = (student, teacher)
-        work = Work("", student, lambda: medkd_fast.class_kl(student, teacher, temperature=4.0))
-        labels = 0
-    work.name = _title(operator, shape, low, layout, dtype)
+        args, labels = (student, teacher), 0
+
+        def fused() -> torch.Tensor:
+            return medkd_fast.class_kl(student, teacher, temperature=4.0)
+
+    work = Work(operator, _title(operator, shape, low, layout, dtype), student, fused)
     for kind in ("published", "plain"):
         work.variants[kind] = getattr(baselines, f"{kind}_{operator}"), args
     work.bytes = (4 * student.numel() + teacher.numel()) * size + labels
     work.exps = 2 * teacher.numel()
-    work.largest_input = student.numel() * size
+    work.input_bytes = (student.numel() + teacher.numel()) * size + labels
+    if (layout, dtype) != ("contiguous", torch.float32):
+        work.ordinary = pixel_loss(operator, shape, low)
     return work
 
 
 def relation(
     operator: str,
     shape: tuple[int, ...],
-    published: bool = True,
+    baseline: tuple[str, ...] = ("published", "plain"),
     layout: str = "contiguous",
     dtype: torch.dtype = torch.float32,
     divergence: str = "mse",
@@ -86,27 +105,51 @@ def relation(
     function = getattr(medkd_fast, operator)
     name, suffix = (operator, "") if divergence == "mse" else (f"{operator} {divergence}", f"_{divergence}")
     call = partial(function, student, teacher, divergence=divergence)
-    work = Work(_title(name, shape, None, layout, dtype), student, call)
-    for kind in ("published", "plain"):
-        if kind == "plain" or published:
-            work.variants[kind] = getattr(baselines, f"{kind}_{operator}{suffix}"), (student, teacher)
+    work = Work(operator, _title(name, shape, None, layout, dtype), student, call)
+    for kind in baseline:
+        work.variants[kind] = getattr(baselines, f"{kind}_{operator}{suffix}"), (student, teacher)
     images, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     square = images * pixels * channels * channels
     if operator == "channel_relation":  # two Gram matrices; one product for the gradient
         work.flops = (1 + 1 + 2) * square
-        work.bytes = 4 * student.numel() * student.element_size()  # student twice, teacher, gradient
+        work.bytes = 4 * work.student_bytes  # student twice, teacher, gradient
     elif divergence == "kl":  # two symmetric products, in each of two passes, and a full one; half the exponentials
         work.flops = (1 + 1 + 1 + 1 + 2) * images * pixels**2 * channels
         work.exps = 2 * images * pixels**2
     else:  # two symmetric products and one full one; two for the gradient
         work.flops = (1 + 1 + 2 + 4) * square
-        work.bytes = 5 * student.numel() * student.element_size()  # both twice, gradient
-    work.largest_input = student.numel() * student.element_size()
+        work.bytes = 5 * work.student_bytes  # both twice, gradient
+    work.input_bytes = 2 * work.student_bytes
+    if machine.GPU and dtype == BF16:  # a CPU's arithmetic is fp32
+        work.gemm = "gemm bfloat16"
+    if (layout, dtype) != ("contiguous", torch.float32):
+        work.ordinary = relation(operator, shape, (), divergence=divergence)
     return work
 
 
-BF16 = torch.bfloat16
-WORKS: dict[str, Callable[[], Work]] = {
+def host(make: Callable[[], Work]) -> Work:
+    work = make()
+    work.name += " host"
+    work.clock = "host"
+    work.ordinary = None
+    return work
+
+
+def volume() -> Work:
+    """Seconds a step, and nothing else can do it."""
+    work = relation("pixel_relation", (1, 32, 96, 96, 96), (), dtype=BF16, divergence="kl")
+    work.ordinary, work.rounds = None, 3
+    return work
+
+
+SMALL: dict[str, Callable[..., Work]] = {
+    "decoupled_kl": partial(pixel_loss, "decoupled_kl"),
+    "class_kl": partial(pixel_loss, "class_kl"),
+    "channel_relation": partial(relation, "channel_relation"),
+    "pixel_relation": partial(relation, "pixel_relation"),
+    "pixel_relation_kl": partial(relation, "pixel_relation", divergence="kl"),
+}
+CPU_WORKS: dict[str, Callable[[], Work]] = {
     "decoupled_kl": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224)),
     "decoupled_kl_bf16": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), dtype=BF16),
     "decoupled_kl_channels_last": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224), layout="channels_last"),
@@ -121,16 +164,27 @@ WORKS: dict[str, Callable[[], Work]] = {
     "pixel_relation": lambda: relation("pixel_relation", (2, 64, 64, 64)),
     "pixel_relation_bf16": lambda: relation("pixel_relation", (2, 64, 64, 64), dtype=BF16),
     "pixel_relation_channels_last": lambda: relation("pixel_relation", (2, 64, 64, 64), layout="channels_last"),
-    "pixel_relation_3d": lambda: relation("pixel_relation", (1, 32, 48, 48, 48), published=False),
+    "pixel_relation_3d": lambda: relation("pixel_relation", (1, 32, 48, 48, 48), ("plain",)),
     "pixel_relation_kl": lambda: relation("pixel_relation", (2, 64, 64, 64), divergence="kl"),
     "pixel_relation_kl_bf16": lambda: relation("pixel_relation", (2, 64, 64, 64), divergence="kl", dtype=BF16),
     "pixel_relation_kl_channels_last": lambda: relation(
         "pixel_relation", (2, 64, 64, 64), divergence="kl", layout="channels_last"
     ),
     "pixel_relation_kl_3d": lambda: relation("pixel_relation", (1, 16, 24, 24, 24), divergence="kl"),
-    "decoupled_kl_small": lambda: pixel_loss("decoupled_kl", (1, 4, 32, 32)),
-    "class_kl_small": lambda: pixel_loss("class_kl", (1, 4, 32, 32)),
-    "channel_relation_small": lambda: relation("channel_relation", (1, 4, 32, 32)),
-    "pixel_relation_small": lambda: relation("pixel_relation", (1, 4, 32, 32)),
-    "pixel_relation_kl_small": lambda: relation("pixel_relation", (1, 4, 32, 32), divergence="kl"),
+    **{f"{name}_small": partial(make, (1, 4, 32, 32)) for name, make in SMALL.items()},
 }
+GPU_WORKS: dict[str, Callable[[], Work]] = {
+    "decoupled_kl": lambda: pixel_loss("decoupled_kl", (4, 14, 96, 96, 96)),
+    "decoupled_kl_bf16": lambda: pixel_loss("decoupled_kl", (4, 14, 96, 96, 96), dtype=BF16),
+    "decoupled_kl_upsampled": lambda: pixel_loss("decoupled_kl", (32, 9, 224, 224), (56, 56)),
+    "class_kl": lambda: pixel_loss("class_kl", (4, 14, 96, 96, 96)),
+    "class_kl_bf16": lambda: pixel_loss("class_kl", (4, 14, 96, 96, 96), dtype=BF16),
+    "channel_relation": lambda: relation("channel_relation", (16, 64, 224, 224)),
+    "channel_relation_bf16": lambda: relation("channel_relation", (16, 64, 224, 224), dtype=BF16),
+    "pixel_relation": lambda: relation("pixel_relation", (16, 64, 128, 128)),
+    "pixel_relation_bf16": lambda: relation("pixel_relation", (16, 64, 128, 128), dtype=BF16),
+    "pixel_relation_kl_bf16": lambda: relation("pixel_relation", (4, 64, 128, 128), divergence="kl", dtype=BF16),
+    "pixel_relation_kl_volume": volume,
+    **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
+}
+WORKS = GPU_WORKS if machine.GPU else CPU_WORKS

@@ -92,6 +92,31 @@ def test_the_library_uses_the_stable_abi_alone(cpp: str) -> None:
     assert not re.findall(r"\b_ZN[KR]*(?:2at|3c10|5torch)\d\w*|\b_?Py\w+", wanted)
 
 
+def test_the_cuda_library_needs_what_every_torch_with_cuda_exports() -> None:
+    library = ROOT / "medkd_fast/_cuda.so"
+    if not library.exists():
+        pytest.skip(
+            "medkd_fast/_cuda.so is not built: " + json.loads((ROOT / "medkd_fast/_build.json").read_text())["cuda"]
+        )
+    listing = subprocess.run(["nm", "-D", "-u", str(library)], capture_output=True, text=True, check=True).stdout
+    unversioned = {line.split()[-1] for line in listing.splitlines() if "@" not in line}
+    # what has no version is torch's: its C functions alone, those that a torch without CUDA lacks being in libtorch_cuda
+    torch_s = {name for name in unversioned if re.match(r"(aoti_)?torch_", name)}
+    assert "aoti_torch_get_current_cuda_stream" in torch_s
+    assert unversioned - torch_s <= {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+    torch_exports = subprocess.run(
+        ["nm", "-D", "--defined-only", str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    exported = {line.split()[-1] for line in torch_exports.splitlines()}
+    assert torch_s - exported <= {"aoti_torch_get_current_cuda_stream"}
+    # static cudart, and nothing that the driver brings: a machine without a GPU can load it
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "libtorch.so" in needed and not re.search(r"libcuda|libcudart", needed)
+
+
 def build_wheel(tmp_path: Path, **environment: str) -> Path:
     for name in ("csrc", "medkd_fast"):
         shutil.copytree(
@@ -109,9 +134,10 @@ def build_wheel(tmp_path: Path, **environment: str) -> Path:
 def test_without_a_compiler_the_package_installs_and_says_so(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, PATH="/nonexistent", CXX="")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "medkd_fast/_cpu.so" not in names
+    assert not any(name.endswith(".so") for name in names)
     report = json.loads(zipfile.ZipFile(wheel).read("medkd_fast/_build.json"))
     assert report["cpu"].startswith("not built: no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+    assert report["cuda"].startswith("not built: no C++ compiler found")
 
 
 def test_pure_python_wheel(tmp_path: Path) -> None:
@@ -127,4 +153,6 @@ def test_wheel_with_the_library(tmp_path: Path, cpp: str) -> None:
         shutil.copytree(objects, tmp_path / "build" / "objects")
     wheel = build_wheel(tmp_path)
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
-    assert "medkd_fast/_cpu.so" in zipfile.ZipFile(wheel).namelist()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "medkd_fast/_cpu.so" in names
+    assert ("medkd_fast/_cuda.so" in names) == (ROOT / "medkd_fast/_cuda.so").exists()

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def setup_script() -> ModuleType:
-    """setup.py, for its list of sources and flags."""
-    spec = importlib.util.spec_from_file_location("medkd_fast_setup", ROOT / "setup.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from sources import setup_script
 
 
 def compiles(compiler: str, package: str, source: Path, flags: list[str]) -> None:

@@ -2,55 +2,12 @@
 // A tile is [C, ld]: one row a class, pixels side by side.
 #pragma once
 
-#include "../math/elementary.h"
+#include "../math/half.h"
 #include "isa.h"
 #include "vector.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-MEDKD_INLINE float widen(float x) { return x; }
-MEDKD_INLINE double widen(double x) { return x; }
-MEDKD_INLINE float widen(BFloat16 x) { return float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16)); }
-MEDKD_INLINE float widen(Float16 x) {
-  const int32_t magnitude = (x.bits & 0x7fff) << 13;
-  const int32_t sign = (x.bits & 0x8000) << 16;
-  const float finite = float_from_bits(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
-  const int32_t special = magnitude | 0x7f800000;                           // infinity and NaN
-  const int32_t bits = (x.bits & 0x7c00) == 0x7c00 ? special : bits_from_float(finite);
-  return float_from_bits(bits | sign);
-}
-
-MEDKD_INLINE void narrow(float x, float& out) { out = x; }
-MEDKD_INLINE void narrow(float x, double& out) { out = x; }
-MEDKD_INLINE void narrow(double x, double& out) { out = x; }
-MEDKD_INLINE void narrow(double x, float& out) { out = static_cast<float>(x); }
-MEDKD_INLINE void narrow(float x, BFloat16& out) {  // to nearest, ties to even
-  const uint32_t bits = static_cast<uint32_t>(bits_from_float(x));
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-MEDKD_INLINE void narrow(float x, Float16& out) {  // to nearest, ties to even
-  const uint32_t bits = static_cast<uint32_t>(bits_from_float(x));
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal results: rebias and round on the dropped 13 bits. Subnormal ones: adding 0.5 aligns the last bit with 2^-24.
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const float aligned = float_from_bits(static_cast<int32_t>(magnitude)) + 0.5f;
-  const uint32_t subnormal = static_cast<uint32_t>(bits_from_float(aligned)) - 0x3f000000u;
-  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-  result = magnitude >= 0x477ff000u ? 0x7c00u : result;
-  result = magnitude > 0x7f800000u ? 0x7e00u : result;
-  out.bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
-}
-MEDKD_INLINE void narrow(double x, BFloat16& out) { narrow(static_cast<float>(x), out); }
-MEDKD_INLINE void narrow(double x, Float16& out) { narrow(static_cast<float>(x), out); }
 
 // Pixels whose channels lie side by side are transposed in registers, a square of lanes × lanes at a time. Squares of fewer
 // channels than lanes reach into the next pixels, so the last pixels of a tile are left to the caller: returns how many
@@ -59,6 +16,7 @@ template <typename A>
 inline int64_t load_transposed(const A* from, int64_t stride, int64_t channels, int64_t length, int64_t ld, A scale,
                                A* out) {
   constexpr int64_t lanes = vector_lanes<A>;
+  const int64_t some = channels < lanes ? channels : lanes;
   int64_t p = 0;
   for (; p + lanes <= length && (p + lanes - 1) * stride + lanes <= (length - 1) * stride + channels; p += lanes)
     for (int64_t c = 0; c < channels; c += lanes) {
@@ -67,7 +25,9 @@ inline int64_t load_transposed(const A* from, int64_t stride, int64_t channels, 
 #pragma GCC unroll 16
       for (int64_t i = 0; i < lanes; ++i) square[i] = scale * load_loose(from + (p + i) * stride + first);
       transpose<A>(square);
-      for (int64_t j = 0; j < lanes && first + j < channels; ++j) store_loose<A>(square[j], out + (first + j) * ld + p);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < lanes; ++j)
+        if (j < some) store_loose<A>(square[j], out + (first + j) * ld + p);
     }
   return p;
 }
@@ -76,13 +36,15 @@ inline int64_t load_transposed(const A* from, int64_t stride, int64_t channels, 
 template <typename A>
 inline int64_t store_transposed(const A* in, int64_t ld, int64_t channels, int64_t length, int64_t stride, A* to) {
   constexpr int64_t lanes = vector_lanes<A>;
+  const int64_t some = channels < lanes ? channels : lanes;
   int64_t p = 0;
   for (; p + lanes <= length && (p + lanes - 1) * stride + lanes <= (length - 1) * stride + channels; p += lanes)
     for (int64_t c = 0; c < channels; c += lanes) {
       const int64_t first = c + lanes <= channels || c == 0 ? c : channels - lanes;
       Vector<A> square[lanes];
+#pragma GCC unroll 16
       for (int64_t j = 0; j < lanes; ++j)
-        square[j] = first + j < channels ? load_loose(in + (first + j) * ld + p) : Vector<A>{};
+        square[j] = j < some ? load_loose(in + (first + j) * ld + p) : Vector<A>{};
       transpose<A>(square);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < lanes; ++i) store_loose<A>(square[i], to + (p + i) * stride + first);

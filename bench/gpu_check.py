@@ -1,0 +1,105 @@
+"""Proves the GPU backends on a GPU: `make gpu-check`, or `python bench/gpu_check.py build bench` for some of its steps.
+
+Builds, tests and measures with the Python that runs it, which needs torch with CUDA, Triton, pytest, pytest-benchmark and
+hypothesis. Every step has its time and its log in $OUT (default build/gpu-check); the results of the benchmark are copied
+there. It goes on after a step that failed, and says so in the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OUT = Path(os.environ.get("OUT", ROOT / "build" / "gpu-check"))
+OPERATOR_TESTS = [
+    *sorted(
+        str(path)
+        for pattern in ("*_kl", "*relation", "*gram", "*affinity")
+        for path in ROOT.glob(f"tests/test_{pattern}.py")
+    ),
+    str(ROOT / "tests/test_pixel_loss.py"),
+    str(ROOT / "tests/test_backend.py"),
+]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+
+
+def run(step: str, command: list[str], limit: float, **environment: str) -> bool:
+    """Whether the command ended well within `limit` seconds; its output goes to a log."""
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    with (OUT / f"{step}.log").open("w") as log:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
+            )
+            outcome = "passed" if done.returncode == 0 else f"FAILED (exit {done.returncode})"
+        except subprocess.TimeoutExpired:
+            outcome = f"FAILED (over {limit:.0f} s)"
+    print(f"{step:12} {time.monotonic() - start:6.0f} s  {outcome}", flush=True)
+    if outcome != "passed":
+        print("\n".join((OUT / f"{step}.log").read_text().splitlines()[-15:]), flush=True)
+    return outcome == "passed"
+
+
+def carried() -> bool:
+    """A library that came with the tree, built where there was no GPU and another torch, serves as it is."""
+    if not (ROOT / "medkd_fast/_cuda.so").exists():
+        print("carried      no medkd_fast/_cuda.so came with the tree: nothing to try")
+        return True
+    return tests("carried", "cuda and test_equals_the_definition")
+
+
+def build() -> bool:
+    return run("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 240)
+
+
+def test() -> bool:
+    return tests("test", "cuda or triton")
+
+
+def tests(step: str, which: str) -> bool:
+    parallel = ["-n", str(min(os.cpu_count() or 1, 8))] if _has("xdist") else []
+    return run(step, [*PYTEST, *parallel, "-k", which, *OPERATOR_TESTS], 400)
+
+
+def sanitize() -> bool:
+    """The CUDA kernels at small sizes under both checkers. (Triton's memory accesses go through the same memcheck.)"""
+    if not shutil.which("compute-sanitizer"):
+        print("sanitize     compute-sanitizer is not here: skipped")
+        return True
+    command = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
+    small = [*PYTEST, "-k", "cuda and gradcheck", *OPERATOR_TESTS]
+    passed = [run(tool, [*command, "--tool", tool, *small], 240) for tool in ("memcheck", "racecheck")]
+    return all(passed)
+
+
+def bench() -> bool:
+    done = run("bench", [*PYTEST, "bench", "--benchmark-only"], 500)
+    for path in (ROOT / "bench/results").glob("nvidia*"):
+        shutil.copy(path, OUT)
+    return done
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+STEPS: dict[str, Callable[[], bool]] = {step.__name__: step for step in (carried, build, test, sanitize, bench)}
+
+if __name__ == "__main__":
+    OUT.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(f"gpu-check needs a GPU, and torch {torch.__version__} finds none here")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    failed = [name for name in sys.argv[1:] or STEPS if not STEPS[name]()]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -1,0 +1,101 @@
+// Launching a kernel, and what kernels share: the block's memory, sums in a fixed order, wide loads.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../math/half.h"
+
+extern __shared__ __align__(16) unsigned char medkd_shared_memory[];
+
+namespace medkd {
+
+using namespace MEDKD_ISA;  // there is one build of the device's code
+
+constexpr int warp_size = 32;
+constexpr unsigned all_lanes = 0xffffffffu;
+
+// Queues kernel(args...); what goes wrong here is thrown with the kernel's name. (What goes wrong while it runs is seen by
+// torch when it synchronises.)
+template <auto kernel, typename... Args>
+inline void launch(dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream, Args... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024)  // more must be asked for, on every device
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // taken notice of
+  throw std::runtime_error(std::string(__PRETTY_FUNCTION__) + ": " + cudaGetErrorString(error) + " (" +
+                           std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
+                           " blocks of " + std::to_string(threads) + " threads with " + std::to_string(shared_bytes) +
+                           " bytes of shared memory)");
+}
+
+// The dynamic shared memory of the block, the only one that kernels use.
+template <typename T>
+__device__ __forceinline__ T* shared_memory() {
+  return reinterpret_cast<T*>(medkd_shared_memory);
+}
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % warp_size; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / warp_size; }
+
+// The sum over a warp's lanes, in every lane. Each is added to its neighbour at distance 16, 8, ...: the same order always.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int distance = warp_size / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(all_lanes, x, distance);
+  return x;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_max(T x) {
+#pragma unroll
+  for (int distance = warp_size / 2; distance > 0; distance /= 2) {
+    const T other = __shfl_xor_sync(all_lanes, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// The sum over a block's threads, whose number is a multiple of 32, in every thread: warps first, then the warps' sums in
+// their order. `scratch` is shared memory for one value a warp, free for other use after the next __syncthreads.
+template <typename T>
+__device__ __forceinline__ T block_sum(T x, T* scratch) {
+  x = warp_sum(x);
+  if (lane_index() == 0) scratch[warp_index()] = x;
+  __syncthreads();
+  T sum = T(0);
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / warp_size; ++warp) sum += scratch[warp];
+  return sum;
+}
+
+// Neighbours in memory, moved together; the address must be a multiple of their size, at most 16 bytes.
+template <typename T, int count>
+struct alignas(sizeof(T) * count) Pack {
+  T value[count];
+};
+
+template <typename T>
+constexpr int pack_of = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
+
+template <int count, typename T>
+__device__ __forceinline__ Pack<T, count> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, count>*>(from);
+}
+
+template <int count, typename T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, count>& pack) {
+  *reinterpret_cast<Pack<T, count>*>(to) = pack;
+}
+
+}  // namespace medkd
