@@ -68,7 +68,9 @@ def test_equals_the_definition(backend: str, relation: str, shape: tuple[int, ..
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_gradcheck(backend: str, relation: str) -> None:
     assert torch.autograd.gradcheck(
-        lambda x: pixel_affinity(x, relation=relation), sample((2, 3, 2, 3)).requires_grad_()
+        lambda x: pixel_affinity(x, relation=relation),
+        sample((2, 3, 2, 3)).requires_grad_(),
+        fast_mode=backend == "triton",  # an interpreter runs few calls
     )
 
 

@@ -88,7 +88,10 @@ def test_gradcheck(loss: Loss, backend: str, reduction: str) -> None:
     mask = torch.rand(3, 3, 4) < 0.7
     mask[1] = False
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: loss(x, teacher, mask=mask, reduction=reduction), student)
+    fast = backend == "triton"  # an interpreter runs few calls
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, teacher, mask=mask, reduction=reduction), student, fast_mode=fast
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 24, 24), (3, 5, 17, 13)], ids=str)

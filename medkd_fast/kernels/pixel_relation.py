@@ -3,7 +3,7 @@ the products AAᵀ, BBᵀ and BAᵀ summed over the pixels, and then a small mat
 medkd_fast/reference/pixel_relation.py.
 
 Forward: a program multiplies a slot of pixels in fp32, the slots are added in double in their order, and what is made of
-the sums is made in double. Within a slot a tl.dot of 64 pixels starts from zero and at most 64 of them are added up, each
+the sums is made in double. Within a slot a tl.dot of 32 pixels starts from zero and at most 64 of them are added up, each
 addition correctly rounded, so the slots' errors are those of short sums and have either sign. Up to 64 channels everything
 about a pixel is in one program, which normalises what it loads: each tensor is read once a pass. Wider networks are bound
 by their products and are normalised beforehand; pairs of blocks of channels then share the work out.
@@ -15,18 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import Planes, operator, planes
-from medkd_fast.kernels.pixel_rows import (
-    TYPES,
-    finish,
-    gradient_like,
-    image_pixels,
-    image_share,
-    image_weight,
-    normalise,
-    pixels_of,
-    prepare,
-)
+from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.pixel_images import add_values, image_pixels, image_share, pixels_of
+from medkd_fast.kernels.pixel_rows import Rows, finish, normalise, prepare
+from medkd_fast.kernels.planes import gradient_like, planes_of
 from medkd_fast.reference.common import arithmetic
 
 
@@ -217,7 +209,9 @@ def matrix_kernel(
         o_j = (j + tl.arange(0, BLOCK_J))[None, :]
         m_ij = (o_i < W) & (o_j < W)
         b_aa = tl.load(aa + o_i * W + o_j, m_ij, 0.0)
-        b_bb = tl.load(bb + o_i * W + o_j, m_ij, 0.0)
+        # BBᵀ turned over, as ABᵀ is: where a channel of S is 0, its products in both are the same but for the sign, sums
+        # in one order, and the row of the matrix is 0 as it should. A pixel divided by 1e-12 would show a difference.
+        b_bb = tl.load(bb + o_j * W + o_i, m_ij, 0.0)
         b_ba = tl.load(ba + o_i * W + o_j, m_ij, 0.0)
         b_ab = tl.load(ba + o_j * W + o_i, m_ij, 0.0)
         value += tl.sum(b_aa * b_bb + b_ba * b_ab)
@@ -253,43 +247,6 @@ def pairs_kernel(
         crossed = tl.load(a + 2 * size + o_j * W + o_i, m_ij, 0.0) * tl.load(b + 2 * size + p_ij, m_ij, 0.0)
         value += tl.sum(squares / 2 + crossed)
     tl.store(values + i_pair * tl.num_programs(1) + tl.program_id(1), value / 2)
-
-
-@triton.jit
-def loss_kernel(
-    values,  # [B or B², blocks], double
-    pixels,  # [B]
-    loss,  # [], [B] or [B, B]
-    B,
-    N,
-    blocks,
-    KIND: tl.constexpr,  # "images", "pairs" of images, or the "total" of all pairs, shares included
-    HAS_MASK: tl.constexpr,
-    MEAN: tl.constexpr,
-    EACH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    o_k = tl.arange(0, BLOCK)
-    first = tl.program_id(0)
-    count = 1
-    if not EACH and KIND == "images":
-        count = B
-    total = tl.full((), 0.0, tl.float64)
-    for i in range(first, first + count):
-        value = tl.zeros([BLOCK], tl.float64)
-        for k in range(0, blocks, BLOCK):
-            value += tl.load(values + i * blocks + k + o_k, k + o_k < blocks, 0.0)
-        if KIND == "images":
-            share = image_share(pixels, i, B, N, HAS_MASK, MEAN)
-            scale = share / tl.maximum(image_pixels(pixels, i, N, HAS_MASK), 1.0)
-        elif KIND == "pairs":
-            scale = image_share(pixels, i // B, B, N, HAS_MASK, MEAN) * image_share(
-                pixels, i % B, B, N, HAS_MASK, MEAN
-            )
-        else:
-            scale = 1.0
-        total += tl.sum(value) * scale
-    tl.store(loss + first, total.to(loss.dtype.element_ty))
 
 
 @triton.jit
@@ -358,6 +315,11 @@ def gradient_kernel(
     TYPE: tl.constexpr = matrix.dtype.element_ty
     factor = tl.load(upstream + i_b * stride_u)
     o_out = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :].to(tl.int64)
+    if FUSED:
+        o_k = tl.trans(o_out)
+        m_matrix = (o_k < W) & (o_out < C_s)
+        of_a = tl.load(matrix + o_out * 2 * W + o_k, m_matrix, 0.0)  # [BLOCK_C, BLOCK_C], turned over
+        of_b = tl.load(matrix + o_out * 2 * W + W + o_k, m_matrix, 0.0)
     for p in range(first, tl.minimum(first + PART, N), BLOCK_P):
         o_p = (p + tl.arange(0, BLOCK_P))[:, None]
         m_p = o_p < N
@@ -367,11 +329,8 @@ def gradient_kernel(
         if FUSED:
             b_s, inverse = load_rows(student, stride_sc, stride_sp, o_out, o_p, m_valid, C_s, TYPE, RELATION, FUSED)
             b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_out, o_p, m_valid, C_t, TYPE, RELATION, FUSED)
-            o_k = tl.trans(o_out)
-            m_matrix = (o_k < W) & (o_out < C_s)
-            p_matrix = matrix + o_out * 2 * W + o_k
-            b_g = tl.dot(b_s - b_t, tl.load(p_matrix, m_matrix, 0.0), input_precision=PRECISION, out_dtype=TYPE)
-            b_g += tl.dot(b_s + b_t, tl.load(p_matrix + W, m_matrix, 0.0), input_precision=PRECISION, out_dtype=TYPE)
+            b_g = tl.dot(b_s - b_t, of_a, input_precision=PRECISION, out_dtype=TYPE)
+            b_g += tl.dot(b_s + b_t, of_b, input_precision=PRECISION, out_dtype=TYPE)
             b_g *= factor  # [BLOCK_P, BLOCK_C]
             if RELATION != "gram":
                 along = tl.where(inverse < 1e12, tl.sum(b_g * b_s, 1), 0.0)
@@ -421,12 +380,16 @@ def block_of(channels: int) -> int:
 
 def ready(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, relation: str, type: torch.dtype
-) -> tuple[bool, Planes, Planes, tuple]:
-    """Whether the kernels normalise, the features that they read, and the student's rows where they do not."""
-    if max(student.shape[1], teacher.shape[1]) <= FUSED_CHANNELS:
-        return True, planes(student), planes(teacher), ()
-    rows = [prepare(x, mask, relation, type, always_store=True) for x in (student, teacher)]
-    return False, *(Planes(*r[:4]) for r in rows), (rows[0],)
+) -> tuple[bool, list[torch.Tensor], list[int], Rows | None]:
+    """Whether the kernels normalise, what they read of student and teacher, its strides, and the student's rows if not.
+
+    Doubles are normalised beforehand: Triton 3.6 multiplies none that it finds to depend on narrower numbers, as a mask.
+    """
+    if type == torch.float32 and max(student.shape[1], teacher.shape[1]) <= FUSED_CHANNELS:
+        (s, strides_s), (t, strides_t) = planes_of(student), planes_of(teacher)
+        return True, [s, t], [*strides_s, *strides_t], None
+    s, t = (prepare(x, mask, relation, type, always_store=True) for x in (student, teacher))
+    return False, [s.x, t.x], [*s.strides, *t.strides], s
 
 
 @operator()
@@ -441,17 +404,16 @@ def pixel_relation(
     B, C_s, C_t, N = student.shape[0], student.shape[1], teacher.shape[1], pixels_of(student)
     W, type = max(C_s, C_t), arithmetic(student, teacher)
     double = type == torch.float64
-    fused, s, t, _ = ready(student, teacher, mask, relation, type)
+    fused, features, strides, _ = ready(student, teacher, mask, relation, type)
     pixels = mask.flatten(1).sum(1) if mask is not None else None
     images = {"HAS_MASK": mask is not None, "MEAN": reduction == "mean"}
 
-    BLOCK_C, SLOT = block_of(W), 1024 if fused else 4096
+    BLOCK_C, SLOT = block_of(W), 1024 if fused else 2048
     slots, tiles, size = triton.cdiv(N, SLOT), triton.cdiv(W, BLOCK_C), 3 * W * W
     partial = student.new_empty((B, slots, size), dtype=type)
     sums = student.new_empty((B, size), dtype=torch.float64)
     products_kernel[(B * slots, tiles * (tiles + 1) // 2)](
-        s.x,
-        t.x,
+        *features,
         mask,
         partial,
         C_s,
@@ -459,16 +421,15 @@ def pixel_relation(
         W,
         N,
         slots,
-        *s[1:],
-        *t[1:],
+        *strides,
         RELATION=relation,
-        HAS_MASK=mask is not None,
+        HAS_MASK=fused and mask is not None,
         FUSED=fused,
         SLOT=SLOT,
         BLOCK_C=BLOCK_C,
-        BLOCK_P=32 if double else 64,
+        BLOCK_P=32,
         PRECISION="ieee" if double else "tf32x3",
-        num_warps=4 if BLOCK_C < 64 else 8,
+        num_stages=2,
         enable_fp_fusion=False,
     )
     adding = {"BLOCK_SLOTS": 16, "BLOCK": 128}
@@ -480,16 +441,15 @@ def pixel_relation(
     loss = student.new_empty((B,) * (1 + across_images) if each else (), dtype=type)
     values = student.new_empty((B * B if across_images and each else max(B, 1), blocks), dtype=torch.float64)
     matrix_kernel[(B, blocks)](sums, pixels, values, matrix, B, C_s, W, N, ACROSS=across_images, **ROWS, **images)
-    kind, programs = "images", B if each else 1
+    weighed = across_images and not each
     if across_images and each:
-        kind, programs = "pairs", B * B
         pairs_kernel[(B * B, blocks)](sums, values, B, W, **ROWS)
-    elif across_images:
+    elif weighed:
         # the value is quadratic in the sums: that of the images' weighted sum is the sum over all pairs
-        kind, total = "total", torch.empty_like(sums[:1]) if B > 0 else sums.new_empty((1, size))
+        total = sums.new_empty((1, size))
         add_slots_kernel[(1, triton.cdiv(size, 128))](sums, pixels, total, B, size, N, SHARES=True, **adding, **images)
         pairs_kernel[(1, blocks)](total, values, 1, W, **ROWS)
-    loss_kernel[(programs,)](values, pixels, loss, B, N, blocks, KIND=kind, EACH=each, BLOCK=64, **images)
+    add_values(values, pixels, loss, B, N, "weighed" if weighed else "entries", across_images, **images)
     return loss, matrix
 
 
@@ -506,7 +466,7 @@ def pixel_relation_backward(
 ) -> torch.Tensor:
     B, C_s, C_t, N = student.shape[0], student.shape[1], teacher.shape[1], pixels_of(student)
     W, double = max(C_s, C_t), matrix.dtype == torch.float64
-    fused, s, t, rows = ready(student, teacher, mask, relation, matrix.dtype)
+    fused, features, strides, rows = ready(student, teacher, mask, relation, matrix.dtype)
     stride_u = upstream.stride(0) if upstream.dim() else 0
     if across_images:
         pixels = mask.flatten(1).sum(1) if mask is not None else None
@@ -527,38 +487,35 @@ def pixel_relation_backward(
         )
         matrix, upstream, stride_u = mixed, torch.ones((), dtype=matrix.dtype, device=matrix.device), 0
     if fused:
-        result, written = gradient_like(student)
+        result, written, strides_out = gradient_like(student)
     else:
-        written = student.new_empty((B, N, C_s), dtype=matrix.dtype).mT
-    out = planes(written)
+        written, strides_out = student.new_empty((B, N, C_s), dtype=matrix.dtype), (N * C_s, 1, C_s)
     BLOCK_C, PART = block_of(W), 512
     parts = triton.cdiv(N, PART)
     gradient_kernel[(B * parts, triton.cdiv(C_s, BLOCK_C))](
-        s.x,
-        t.x,
+        *features,
         mask,
         matrix,
         upstream,
-        out.x,
+        written,
         C_s,
         C_t,
         W,
         N,
         parts,
-        *s[1:],
-        *t[1:],
-        *out[1:],
+        *strides,
+        *strides_out,
         stride_u,
         RELATION=relation,
-        HAS_MASK=mask is not None,
+        HAS_MASK=fused and mask is not None,
         FUSED=fused,
         PART=PART,
         BLOCK_C=BLOCK_C,
-        BLOCK_P=32 if double else 128,
+        BLOCK_P=32 if double else 64,
         PRECISION="ieee" if double else "tf32x3",
-        num_warps=8,
+        num_stages=2,
         enable_fp_fusion=False,
     )
-    if not fused:
-        return finish(written.mT, rows[0], mask, relation, student)
+    if rows is not None:
+        return finish(written, rows, mask, relation, student)
     return result if written is result else result.copy_(written)

@@ -20,36 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import pixel_stride, planes
+from medkd_fast.kernels.pixel_images import pixels_of
+from medkd_fast.kernels.planes import gradient_like, planes_of
 
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 HALF = (torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def image_pixels(pixels, i_b, N, HAS_MASK: tl.constexpr):
-    """Pixels of an image that count, in double."""
-    return (tl.load(pixels + i_b) if HAS_MASK else tl.full((), N, tl.int64)).to(tl.float64)
-
-
-@triton.jit
-def image_weight(pixels, i_b, B, N, HAS_MASK: tl.constexpr, MEAN: tl.constexpr):
-    """What an image's value is multiplied by in the loss: 1, or 1 / the images that count; 0 for those that do not."""
-    counted = tl.full((), B, tl.int32)
-    if HAS_MASK and MEAN:
-        counted = tl.full((), 0, tl.int32)
-        for b in range(0, B, 128):
-            o_b = b + tl.arange(0, 128)
-            counted += tl.sum((tl.load(pixels + o_b, o_b < B, 0) > 0).to(tl.int32))
-    weight = 1.0 / tl.maximum(counted, 1).to(tl.float64) if MEAN else tl.full((), 1.0, tl.float64)
-    return tl.where(image_pixels(pixels, i_b, N, HAS_MASK) > 0, weight, 0.0)
-
-
-@triton.jit
-def image_share(pixels, i_b, B, N, HAS_MASK: tl.constexpr, MEAN: tl.constexpr):
-    """An image's weight over its pixels."""
-    count = image_pixels(pixels, i_b, N, HAS_MASK)
-    return image_weight(pixels, i_b, B, N, HAS_MASK, MEAN) / tl.maximum(count, 1.0)
 
 
 @triton.jit
@@ -200,15 +174,9 @@ class Rows(NamedTuple):
     """One network's pixels, ready to be multiplied."""
 
     x: torch.Tensor
-    image: int  # strides
-    channel: int
-    pixel: int
+    strides: tuple[int, int, int]  # over images, channels and pixels
     inverse: torch.Tensor  # [B, N]
     raw: bool  # x is the features, still to be multiplied by `inverse`
-
-
-def pixels_of(x: torch.Tensor) -> int:
-    return x.shape[2:].numel()
 
 
 def prepare(
@@ -216,7 +184,7 @@ def prepare(
 ) -> Rows:
     B, C, N = x.shape[0], x.shape[1], pixels_of(x)
     raw = not always_store and type == torch.float32 and x.dtype in HALF and relation != "pearson"
-    x, *strides = planes(x)
+    x, strides = planes_of(x)
     inverse = x.new_empty((B, N), dtype=type)
     rows = x if raw else x.new_empty((B, N, C), dtype=type)
     BLOCK_P, BLOCK_C = 64, 32
@@ -237,21 +205,14 @@ def prepare(
         BLOCK_C=BLOCK_C,
     )
     if raw:
-        return Rows(x, *strides, inverse, raw)
-    return Rows(rows, N * C, 1, C, inverse, raw)
-
-
-def gradient_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient, laid out as x, and what the kernel writes: the same, or contiguous if x has no single pixel stride."""
-    result = torch.empty_like(x)
-    return result, result if pixel_stride(result) else torch.empty_like(x, memory_format=torch.contiguous_format)
+        return Rows(x, strides, inverse, raw)
+    return Rows(rows, (N * C, 1, C), inverse, raw)
 
 
 def finish(gradient: torch.Tensor, rows: Rows, mask: torch.Tensor | None, relation: str, like: torch.Tensor) -> torch.Tensor:
     """The gradient for the features from that for the rows, [B, N, C]."""
     B, C, N = like.shape[0], like.shape[1], pixels_of(like)
-    result, written = gradient_like(like)
-    out, *strides = planes(written)
+    result, written, strides = gradient_like(like)
     BLOCK_P, BLOCK_C = 64, 32
     blocks = triton.cdiv(N, BLOCK_P)
     finish_kernel[(B * blocks,)](
@@ -259,13 +220,11 @@ def finish(gradient: torch.Tensor, rows: Rows, mask: torch.Tensor | None, relati
         rows.x,
         rows.inverse,
         mask,
-        out,
+        written,
         C,
         N,
         blocks,
-        rows.image,
-        rows.channel,
-        rows.pixel,
+        *rows.strides,
         *strides,
         RELATION=relation,
         RAW=rows.raw,
