@@ -89,9 +89,7 @@ def test_gradcheck(loss: Loss, backend: str, reduction: str) -> None:
     mask[1] = False
     student.requires_grad_()
     fast = backend == "triton"  # an interpreter runs few calls
-    assert torch.autograd.gradcheck(
-        lambda x: loss(x, teacher, mask=mask, reduction=reduction), student, fast_mode=fast
-    )
+    assert torch.autograd.gradcheck(lambda x: loss(x, teacher, mask=mask, reduction=reduction), student, fast_mode=fast)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 24, 24), (3, 5, 17, 13)], ids=str)

@@ -142,7 +142,7 @@ def products_kernel(
     tl.store(partial + p_ij, aa, m_ij)
     tl.store(partial + W * W + p_ij, bb, m_ij)
     tl.store(partial + 2 * W * W + p_ij, ba, m_ij)
-    if not FUSED:
+    if not FUSED:  # noqa: SIM102 (known when the kernel is compiled, and then not)
         if i_row != i_col:  # the other triangle
             p_ji = o_k * W + o_i
             tl.store(partial + p_ji, aa, m_ij)
@@ -168,7 +168,7 @@ def add_slots_kernel(
     o_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     if SHARES:
-        for slot in range(0, slots):
+        for slot in range(slots):
             share = image_share(pixels, slot, slots, N, HAS_MASK, MEAN)
             total += share * tl.load(partial + (i_set * slots + slot) * size + o_k, o_k < size, 0.0)
     else:
@@ -267,7 +267,7 @@ def mix_kernel(
     i_a = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
-    for i_b in range(0, B):
+    for i_b in range(B):
         there = tl.load(upstream + i_a * stride_ua + i_b * stride_ub).to(tl.float64)
         back = tl.load(upstream + i_b * stride_ua + i_a * stride_ub).to(tl.float64)
         total += (there + back) / 2 * tl.load(matrix + i_b * size + o_k, o_k < size, 0.0)
@@ -388,8 +388,8 @@ def ready(
     if type == torch.float32 and max(student.shape[1], teacher.shape[1]) <= FUSED_CHANNELS:
         (s, strides_s), (t, strides_t) = planes_of(student), planes_of(teacher)
         return True, [s, t], [*strides_s, *strides_t], None
-    s, t = (prepare(x, mask, relation, type, always_store=True) for x in (student, teacher))
-    return False, [s.x, t.x], [*s.strides, *t.strides], s
+    rows_s, rows_t = (prepare(x, mask, relation, type, always_store=True) for x in (student, teacher))
+    return False, [rows_s.x, rows_t.x], [*rows_s.strides, *rows_t.strides], rows_s
 
 
 @operator()
@@ -433,7 +433,9 @@ def pixel_relation(
         enable_fp_fusion=False,
     )
     adding = {"BLOCK_SLOTS": 16, "BLOCK": 128}
-    add_slots_kernel[(B, triton.cdiv(size, 128))](partial, pixels, sums, slots, size, N, SHARES=False, **adding, **images)
+    add_slots_kernel[(B, triton.cdiv(size, 128))](
+        partial, pixels, sums, slots, size, N, SHARES=False, **adding, **images
+    )
 
     blocks = triton.cdiv(W, ROWS["BLOCK_I"])
     matrix = student.new_empty((B, C_s, 2 * W), dtype=type)

@@ -270,7 +270,7 @@ def gradient_kernel(
     row_s = scale * scales(inverse_s, i_a, o_i, m_i, N, RAW_S)  # [BLOCK_I, 1]
     row_t = scale * scales(inverse_t, i_a, o_i, m_i, N, RAW_T)
     total = tl.zeros([BLOCK_I, BLOCK_OUT], TYPE)
-    for column in range(0, columns):
+    for column in range(columns):
         i_b = tl.full((), column, tl.int64) if ACROSS else i_a
         s_b = student + i_b * stride_sb
         t_b = teacher + i_b * stride_tb

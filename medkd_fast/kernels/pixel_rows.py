@@ -209,7 +209,9 @@ def prepare(
     return Rows(rows, (N * C, 1, C), inverse, raw)
 
 
-def finish(gradient: torch.Tensor, rows: Rows, mask: torch.Tensor | None, relation: str, like: torch.Tensor) -> torch.Tensor:
+def finish(
+    gradient: torch.Tensor, rows: Rows, mask: torch.Tensor | None, relation: str, like: torch.Tensor
+) -> torch.Tensor:
     """The gradient for the features from that for the rows, [B, N, C]."""
     B, C, N = like.shape[0], like.shape[1], pixels_of(like)
     result, written, strides = gradient_like(like)
