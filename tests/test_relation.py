@@ -55,10 +55,16 @@ SHAPES = [
 ]
 
 
+#: In an interpreter: as many blocks of pixels or channels, and images, as there are kinds of them.
+INTERPRETED = {(2, 300, 5, 6): (1, 140, 5, 6), (1, 9, 53, 67): (1, 9, 13, 17), (70, 3, 4, 5): (9, 3, 4, 5)}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_equals_the_definition(loss: Loss, backend: str, shape, reduction: str, masked: bool) -> None:
+    if backend == "triton":
+        shape = INTERPRETED.get(shape, shape)
     student, teacher = (x.float() for x in sample(shape))  # rounded before both sides see them
     mask = torch.rand(shape[0], *shape[2:]) < 0.8 if masked and shape[3:] != (2,) else None
     upstream = torch.randn(shape[:1] if reduction == "none" else (), dtype=torch.float64)
