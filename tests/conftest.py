@@ -42,7 +42,7 @@ def seed() -> None:
 @contextmanager
 def emulated_cuda() -> Iterator[None]:
     """The backend "cuda" takes CPU tensors when it is forced."""
-    cuda_host.load()
+    assert not (error := cuda_host.load()), error
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.UNAVAILABLE, "cuda", "")
         patch.setitem(backends.ON_REQUEST, "cpu", [*backends.ON_REQUEST["cpu"], "cuda"])
