@@ -57,6 +57,7 @@ SHAPES = [
 
 #: In an interpreter: as many blocks of pixels or channels, and images, as there are kinds of them.
 INTERPRETED = {(2, 300, 5, 6): (1, 140, 5, 6), (1, 9, 53, 67): (1, 9, 13, 17), (70, 3, 4, 5): (9, 3, 4, 5)}
+INTERPRETED |= {(2, 5, 36, 50): (2, 5, 10, 14), (2, 5, 4, 6, 10): (2, 5, 4, 6, 3)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -202,6 +203,8 @@ def test_one_channel_and_one_pixel(loss: Loss, backend: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 5, 36, 50), (2, 5, 4, 6, 10)], ids=["2-D", "3-D"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_give_the_same_bits(loss: Loss, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if backend == "triton":
+        shape = INTERPRETED.get(shape, shape)
     student, teacher = (x.to(dtype) for x in sample(shape))
     want, want_gradient = value_and_gradient(lambda x: loss(x, teacher), student)
     # torch's own sums go in another order for another layout
