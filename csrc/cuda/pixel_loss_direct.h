@@ -19,6 +19,7 @@ struct DirectLoss {
   int64_t tiles;    // of an image
 };
 
+// Blocks on a multiprocessor are asked for below: left alone, the compiler spills a few registers to fit one block more.
 constexpr int direct_threads = 128;
 
 // Pixels of a thread: as many as leave room for both networks' logits in 64 registers.
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) regi
 
 // A pixel a lane, or, where a pixel's classes lie side by side, a warp.
 template <bool decoupled, int lanes, typename A>
-__global__ void __launch_bounds__(direct_threads) sweep_kernel(PixelLoss loss) {
+__global__ void __launch_bounds__(direct_threads, 4) sweep_kernel(PixelLoss loss) {
   const int64_t index = (int64_t{blockIdx.x} * direct_threads + threadIdx.x) / lanes;  // over all images
   const A scale = static_cast<A>(log2_e / loss.temperature);
   double sum[sums] = {};
