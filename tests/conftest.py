@@ -67,6 +67,12 @@ def fused(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from forced(request.param)
 
 
+@pytest.fixture(params=["cpp", "reference"])
+def composed(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For what is composed of operators, which run over every backend in tests of their own."""
+    yield from forced(request.param)
+
+
 @pytest.fixture
 def cpp() -> Iterator[str]:
     """For what only the CPU's does."""
