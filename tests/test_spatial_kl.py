@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import forced
 from operators import ROUNDING, assert_close, channels_last, over_threads, value_and_gradient
 
 import medkd_fast
 from medkd_fast import spatial_kl
 from medkd_fast.backend import kernel
+
+
+@pytest.fixture(params=["cpp", "triton", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """There is no CUDA C++ kernel yet."""
+    yield from forced(request.param)
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def fused(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from forced(request.param)
+
 
 SHAPES = [(2, 5, 9, 11), (1, 3, 4, 5, 6), (2, 4, 31), (3, 2, 1, 1), (1, 70, 5, 7), (1, 2, 97, 101)]
 
