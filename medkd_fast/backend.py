@@ -22,10 +22,10 @@ BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",)},
     "class_kl": {"cpu": ("cpp",)},
-    "channel_gram": {"cpu": ("cpp",)},
-    "channel_relation": {"cpu": ("cpp",)},
+    "channel_gram": {"cpu": ("cpp",), "cuda": ("cuda",)},
+    "channel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "pixel_affinity": {"cpu": ("cpp",)},
-    "pixel_relation": {"cpu": ("cpp",)},
+    "pixel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
 }
 
 
