@@ -24,7 +24,7 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "class_kl": {"cpu": ("cpp",)},
     "channel_gram": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "channel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
-    "pixel_affinity": {"cpu": ("cpp",)},
+    "pixel_affinity": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "pixel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
 }
 

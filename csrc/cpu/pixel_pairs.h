@@ -229,15 +229,6 @@ inline void pair_sums(const PixelPairs<A>& pairs, const PanelPair& range, const 
   running_sums(pairs, range, rows_i, rows_j);
 }
 
-// a b - c d for a and c not negative: nothing is lost when a is near c and b near d, the result is 0 when they are
-// equal, and no term is larger than twice the larger product. (Of two products one would go unrounded into a fused
-// multiply-subtract.)
-template <typename A>
-MEDKD_INLINE A difference_of_products(A a, A b, A c, A d) {
-  const bool less = absolute(b) < absolute(d);
-  return (a - c) * (less ? b : d) + (less ? c : a) * (b - d);
-}
-
 // s[i, j] becomes the gradient of the loss for <s_i, s_j> taken as row i's and as row j's entry together. Pixels that do
 // not count have anything here: they are multiplied with zeros, and what comes out for them is not used.
 template <typename A>

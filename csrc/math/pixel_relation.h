@@ -30,6 +30,15 @@ MEDKD_INLINE double row_divergence(double max_s, double sum_s, double max_t, dou
   return weighted / sum_t + log(sum_s / sum_t) + (max_s - max_t);
 }
 
+// a b - c d for a and c not negative: nothing is lost when a is near c and b near d, the result is 0 when they are
+// equal, and no term is larger than twice the larger product. (Of two products one would go unrounded into a fused
+// multiply-subtract.)
+template <typename A>
+MEDKD_INLINE A difference_of_products(A a, A b, A c, A d) {
+  const bool less = absolute(b) < absolute(d);
+  return (a - c) * (less ? b : d) + (less ? c : a) * (b - d);
+}
+
 // Row i of the matrix for [A; B] from their products [2C, 2C], both triangles: the gradient for the normalised student
 // is the matrix times [A; B], times `scale` for the sum over all entries of the squared differences, of which this
 // row's share, or a lane's in it, is returned. row: nullptr for a channel that only the teacher has.
