@@ -26,6 +26,8 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "channel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "pixel_affinity": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "pixel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
+    "spatial_kl": {"cpu": ("cpp",)},
+    "class_pearson": {"cpu": ("cpp",)},
 }
 
 

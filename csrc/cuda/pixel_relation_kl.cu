@@ -113,7 +113,8 @@ __device__ __forceinline__ A below(A x, A maximum) {
   return maximum == -infinity<A>() ? A(0) : exp_nonpositive(x - maximum);
 }
 
-// With running maxima, which all threads of a row know.
+// With running maxima, which all threads of a row know. Logits are rounded before they meet a maximum: a fused
+// multiply-subtract would see a large one above its own.
 template <typename A>
 __device__ __forceinline__ void add_running(const PairMatrix<A>& student, const Square<A>& t, A scale, unsigned counts,
                                             int column, A (&most_s)[reach<A>], A (&most_t)[reach<A>], RowSums& own) {
@@ -125,8 +126,8 @@ __device__ __forceinline__ void add_running(const PairMatrix<A>& student, const 
 #pragma unroll
     for (int n = 0; n < reach<A>; ++n) {
       const bool there = counts >> n & 1;
-      s[n] = scale * student.at(m, n / lanes<A>)[n % lanes<A>];
-      const A x = scale * t[m][n];
+      s[n] = rounded_product(scale, student.at(m, n / lanes<A>)[n % lanes<A>]);
+      const A x = rounded_product(scale, t[m][n]);
       now_s = there && s[n] > now_s ? s[n] : now_s;
       now_t = there && x > now_t ? x : now_t;
     }
@@ -144,7 +145,7 @@ __device__ __forceinline__ void add_running(const PairMatrix<A>& student, const 
 #pragma unroll
     for (int n = 0; n < reach<A>; ++n) {
       if (!(counts >> n & 1)) continue;
-      const A x = scale * t[m][n], e_t = below(x, now_t);
+      const A x = rounded_product(scale, t[m][n]), e_t = below(x, now_t);
       sum_s[m] += below(s[n], now_s);
       sum_t[m] += e_t;
       weighted[m] += e_t * (x - s[n]);
@@ -252,9 +253,9 @@ __device__ __forceinline__ A entry_gradient(A s, A t, A scale, const RowFactors<
     return difference_of_products(bounded_exponential(s, scale), i.student + j.student, bounded_exponential(t, scale),
                                   i.teacher + j.teacher);
   } else {
-    const A x_s = scale * s, x_t = scale * t;
-    return difference_of_products(exp_nonpositive(x_s - i.most_s), i.student, exp_nonpositive(x_t - i.most_t), i.teacher) +
-           difference_of_products(exp_nonpositive(x_s - j.most_s), j.student, exp_nonpositive(x_t - j.most_t), j.teacher);
+    const A x_s = rounded_product(scale, s), x_t = rounded_product(scale, t);
+    return difference_of_products(exp_below(x_s, i.most_s), i.student, exp_below(x_t, i.most_t), i.teacher) +
+           difference_of_products(exp_below(x_s, j.most_s), j.student, exp_below(x_t, j.most_t), j.teacher);
   }
 }
 

@@ -39,6 +39,12 @@ MEDKD_INLINE A difference_of_products(A a, A b, A c, A d) {
   return (a - c) * (less ? b : d) + (less ? c : a) * (b - d);
 }
 
+// Relative to a row's maximum. The 0 of a column that does not count may lie far above it.
+template <typename A>
+MEDKD_INLINE A exp_below(A x, A maximum) {
+  return exp_nonpositive(x < maximum ? x - maximum : A(0));
+}
+
 // Row i of the matrix for [A; B] from their products [2C, 2C], both triangles: the gradient for the normalised student
 // is the matrix times [A; B], times `scale` for the sum over all entries of the squared differences, of which this
 // row's share, or a lane's in it, is returned. row: nullptr for a channel that only the teacher has.
