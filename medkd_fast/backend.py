@@ -20,12 +20,12 @@ import torch
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 #: Operators and, fastest first, the fused backends that have them by device type. (CPU: one backend, nothing to measure.)
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
-    "decoupled_kl": {"cpu": ("cpp",)},
-    "class_kl": {"cpu": ("cpp",)},
+    "decoupled_kl": {"cpu": ("cpp",), "cuda": ("cuda",)},
+    "class_kl": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "channel_gram": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "channel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
-    "pixel_affinity": {"cpu": ("cpp",), "cuda": ("cuda",)},
-    "pixel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
+    "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "spatial_kl": {"cpu": ("cpp",)},
     "class_pearson": {"cpu": ("cpp",)},
 }

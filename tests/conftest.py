@@ -1,8 +1,7 @@
 """Every test sees torch.empty filled with NaN, so an output that nobody wrote shows, and starts from the same seed.
 
 Without a GPU Triton's kernels run on CPU tensors in Triton's interpreter: one program after another, so a race between
-programs does not show, and stores to bfloat16 are truncated instead of rounded. The CUDA kernels run on CPU tensors too,
-compiled for the host (cuda_host).
+programs does not show. The CUDA kernels run on CPU tensors too, compiled for the host (cuda_host).
 """
 
 from __future__ import annotations
@@ -21,6 +20,11 @@ import cuda_host
 
 from medkd_fast import backend as backends
 
+if backends.INTERPRETED and not backends.UNAVAILABLE["triton"]:
+    import triton_interpreter
+
+    triton_interpreter.mend()
+
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory() -> Iterator[None]:
@@ -38,7 +42,7 @@ def seed() -> None:
 @contextmanager
 def emulated_cuda() -> Iterator[None]:
     """The backend "cuda" takes CPU tensors when it is forced."""
-    cuda_host.load()
+    assert not (error := cuda_host.load()), error
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.UNAVAILABLE, "cuda", "")
         patch.setitem(backends.ON_REQUEST, "cpu", [*backends.ON_REQUEST["cpu"], "cuda"])
@@ -64,6 +68,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["cpp", "cuda", "triton"])
 def fused(request: pytest.FixtureRequest) -> Iterator[str]:
     """For what only fused backends do."""
+    yield from forced(request.param)
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def composed(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For what is composed of operators, which run over every backend in tests of their own."""
     yield from forced(request.param)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from operators import assert_close
 
 from medkd_fast import DecoupledKL, decoupled_kl
+from medkd_fast.backend import kernel
 
 
 def sample(classes: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,6 +114,28 @@ def test_relative_accuracy_where_both_are_sure(backend: str) -> None:
         assert_close(student.grad, exact.grad, 1e-6)
     else:  # the definition in fp32 loses it to 1 - b
         assert abs(got.target - want.target) < 1e-6
+
+
+@pytest.mark.parametrize("label", [5, -1, 300])
+@pytest.mark.parametrize("low", [(6, 7), (3, 4)], ids=["same size", "upsampled"])
+def test_label_out_of_range_in_the_operator_itself(fused: str, label: int, low: tuple[int, int]) -> None:
+    student, teacher, target = sample()
+    target[1, 3, 2] = label
+    student = student[:, :, : low[0], : low[1]]
+    run = kernel("decoupled_kl", fused)
+    if fused == "cpp":
+        with pytest.raises(RuntimeError, match=f"target holds the label {label}"):
+            run(student, teacher, target, None, 1.0, 1.0, 4.0, -100, "mean", True)
+        return
+    # a GPU cannot raise without being waited for: the loss is NaN
+    for reduction in ("mean", "sum"):
+        assert all(x.isnan() for x in run(student, teacher, target, None, 1.0, 1.0, 4.0, -100, reduction, True)[:3])
+    values = run(student, teacher, target, None, 1.0, 1.0, 4.0, -100, "none", False)[0]
+    assert values.isnan().sum() == 1 and values[1, 3, 2].isnan()
+    # what is left out may hold any label
+    weight = torch.ones(target.shape, dtype=torch.float64)
+    weight[1, 3, 2] = 0
+    assert run(student, teacher, target, weight, 1.0, 1.0, 4.0, -100, "mean", True)[0].isfinite()
 
 
 @pytest.mark.parametrize("label", [5, -1, 300])
