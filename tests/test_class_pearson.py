@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forced
 from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
 from medkd_fast import class_pearson
 from medkd_fast.backend import kernel
-
-
-@pytest.fixture(params=["cpp", "triton", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """There is no CUDA C++ kernel yet."""
-    yield from forced(request.param)
-
-
-@pytest.fixture(params=["cpp", "triton"])
-def fused(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from forced(request.param)
-
 
 SHAPES = [(2, 5, 9, 11), (1, 3, 4, 5, 6), (2, 4, 31), (3, 2, 1, 2), (1, 70, 5, 7), (1, 6, 97, 101)]
 
@@ -176,7 +161,11 @@ def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
     for s, t in ((channels_last(student), channels_last(teacher)), (student, channels_last(teacher))):
         got = value_and_gradient(lambda x, t=t: class_pearson(x, t).loss, s)
         assert got[1].stride() == s.stride()
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        if fused != "cuda":
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        else:  # a thread has other pixels
+            assert_close(got[0], want[0], 1e-6)
+            assert_close(got[1], want[1], 1e-6)
 
 
 def test_same_bits_for_any_number_of_threads(cpp: str) -> None:
