@@ -1,0 +1,23 @@
+"""decoupled_kl in Triton: the frame is in pixel_loss.py, the mathematics in divergence.py."""
+
+from torch import Tensor
+
+from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.pixel_loss import Settings, pixel_loss
+
+
+@operator()
+def decoupled_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    target_weight: float,
+    nontarget_weight: float,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = Settings(True, target_weight, nontarget_weight, temperature, ignore_index, reduction, need_gradient)
+    return tuple(pixel_loss(student, teacher, target, weight, settings))
