@@ -44,18 +44,26 @@ def labels_and_weights(
 
 
 @triton.jit
+def labels_again(target, pixel, mask, DECOUPLED: tl.constexpr):
+    """The labels, loaded anew: see divergences."""
+    label = tl.zeros_like(pixel)
+    if DECOUPLED:
+        label = tl.load(target + pixel, mask=mask, other=0, volatile=True)
+    return label.to(tl.int32)
+
+
+@triton.jit
 def pixel_loss_kernel(
     student, teacher, target, weight, gradient, loss, target_term, nontarget_term, sums,
     stride_sb, stride_sc, stride_sn, stride_tb, stride_tc, stride_tn, stride_gb, stride_gc, stride_gn,
     pixels: tl.int64, classes, tiles_of_image, tiles, tiles_of_program,
-    target_weight: tl.float64, nontarget_weight: tl.float64, temperature: tl.float64, inverse_temperature: tl.float64,
+    target_weight: tl.float64, nontarget_weight: tl.float64, temperature: tl.float64, to_base_2: tl.float64,
     ignore_index: tl.int64,
     A: tl.constexpr, DECOUPLED: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANT_GRADIENT: tl.constexpr, PER_PIXEL: tl.constexpr, K: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     target_weight, nontarget_weight = tl.full((), target_weight, A), tl.full((), nontarget_weight, A)
-    temperature = tl.full((), temperature, A)
-    to_base_2 = tl.full((), inverse_temperature, A)
+    temperature, to_base_2 = tl.full((), temperature, A), tl.full((), to_base_2, A)
     rows = tl.arange(0, R)[:, None]
     o_m = tl.arange(0, M)[None, :]
     sum_target, sum_nontarget, sum_weight = (tl.full((), 0.0, tl.float64),) * 3
@@ -71,16 +79,17 @@ def pixel_loss_kernel(
             channel = (rows + k * R).to(tl.int64)
             m = m_n if R == 1 else m_n & (channel < classes)
             # a class beyond the last is absent
-            s += (tl.load(p_s + channel * stride_sc, mask=m, other=-float("inf")).to(A) * to_base_2,)
-            t += (tl.load(p_t + channel * stride_tc, mask=m, other=-float("inf")).to(A) * to_base_2,)
+            s += (tl.load(p_s + channel * stride_sc, mask=m, other=-float("inf")).to(A),)
+            t += (tl.load(p_t + channel * stride_tc, mask=m, other=-float("inf")).to(A),)
         pixel = i_b * pixels + first + o_m
         label, w, counts = labels_and_weights(
             target, weight, pixel, m_n, classes, ignore_index, A, DECOUPLED, HAS_TARGET, HAS_WEIGHT
         )
         scale = w * temperature
         target_part, nontarget_part, v_student = divergences(
-            s, t, label, scale, target_weight, nontarget_weight, DECOUPLED, WANT_GRADIENT, K, R
-        )
+            s, t, label, labels_again(target, pixel, m_n, DECOUPLED and WANT_GRADIENT), scale, to_base_2,
+            target_weight, nontarget_weight, DECOUPLED, WANT_GRADIENT, K, R,
+        )  # fmt: skip
         scale *= temperature
         target_part = tl.where(counts, scale * target_part, 0.0)
         nontarget_part = tl.where(counts, scale * nontarget_part, 0.0)
@@ -235,7 +244,7 @@ def pixel_loss(
     pixel_loss_kernel[(slots,)](
         student, teacher, target, weight, written, loss, target_term, nontarget_term, sums,
         *strides_s, *strides_t, *strides_g, pixels, classes, tiles_of_image, tiles, tiles_of_program,
-        settings.target_weight, settings.nontarget_weight, settings.temperature, to_base_2(settings.temperature),
+        settings.target_weight, settings.nontarget_weight, settings.temperature, math.log2(math.e) / settings.temperature,
         settings.ignore_index,
         A=ARITHMETIC[dtype], DECOUPLED=settings.decoupled, HAS_TARGET=target is not None, HAS_WEIGHT=weight is not None,
         WANT_GRADIENT=settings.need_gradient, PER_PIXEL=per_pixel, K=tile.K, R=tile.R, M=tile.M, num_warps=tile.warps,
@@ -252,7 +261,3 @@ def pixel_loss(
 
 
 ARITHMETIC = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def to_base_2(temperature: float) -> float:
-    return math.log2(math.e) / temperature
