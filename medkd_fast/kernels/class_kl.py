@@ -1,9 +1,10 @@
-"""class_kl in Triton: the frame is in pixel_loss.py, the mathematics in divergence.py."""
+"""class_kl in Triton: the frame is in pixel_frame.py, the mathematics in divergence.py."""
 
 from torch import Tensor
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.pixel_loss import Settings, pixel_loss
+from medkd_fast.kernels.pixel_frame import Settings
+from medkd_fast.kernels.pixel_loss import pixel_loss
 
 
 @operator()
@@ -18,5 +19,5 @@ def class_kl(
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = Settings(False, 0.0, 1.0, temperature, ignore_index, reduction, need_gradient)
-    terms = pixel_loss(student, teacher, target, weight, settings)
-    return terms.loss, terms.scale, terms.gradient
+    loss, _, _, scale, gradient = pixel_loss(student, teacher, target, weight, settings)
+    return loss, scale, gradient

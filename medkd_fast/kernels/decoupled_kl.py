@@ -1,9 +1,10 @@
-"""decoupled_kl in Triton: the frame is in pixel_loss.py, the mathematics in divergence.py."""
+"""decoupled_kl in Triton: the frame is in pixel_frame.py, the mathematics in divergence.py."""
 
 from torch import Tensor
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.pixel_loss import Settings, pixel_loss
+from medkd_fast.kernels.pixel_frame import Settings
+from medkd_fast.kernels.pixel_loss import pixel_loss
 
 
 @operator()
@@ -20,4 +21,5 @@ def decoupled_kl(
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = Settings(True, target_weight, nontarget_weight, temperature, ignore_index, reduction, need_gradient)
-    return tuple(pixel_loss(student, teacher, target, weight, settings))
+    loss, target_term, nontarget_term, scale, gradient = pixel_loss(student, teacher, target, weight, settings)
+    return loss, target_term, nontarget_term, scale, gradient

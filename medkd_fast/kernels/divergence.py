@@ -95,9 +95,9 @@ def divergences(
     log_s, log_t = tl.log(sum_s), tl.log(sum_t)
     one_over_s, one_over_t = 1.0 / sum_s, 1.0 / sum_t
     nontarget = (log_s - log_t) + LN2 * (weighted * one_over_t)
-    # what the teacher has and the student has not is infinitely far; where the teacher's exponential underflows, 0 times
-    # infinity is no number, which a sum of exponentials is only where a logit is none
-    far = (weighted == float("inf")) | ((weighted != weighted) & (sum_s == sum_s) & (sum_t == sum_t))
+    # what the teacher has and the student has not is infinitely far. Where the teacher's exponential underflows, `weighted` is 0
+    # times infinity, no number; so it is where a logit is none, but then the sums are none either
+    far = (sum_s + sum_t < float("inf")) & ~(weighted < float("inf"))
     nontarget = tl.where(sum_t == 0, 0.0, tl.where(far, float("inf"), nontarget))
     if DECOUPLED:
         d_s = LN2 * (own_s * to_base_2 - most_s) - log_s
