@@ -43,6 +43,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) {
   m.def(
       "pixel_relation_kl_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, Tensor rows, Tensor upstream, "
       "str relation, float temperature, bool across_images, str reduction) -> Tensor gradient");
+  // Outputs: loss [] or [B, C], and of every channel [B, C, 4] what its gradient takes: max_s, ratio, max_t, scale.
+  m.def(
+      "spatial_kl_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, float temperature, str reduction) "
+      "-> (Tensor loss, Tensor rows)");
+  m.def(
+      "spatial_kl_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, Tensor rows, Tensor upstream, "
+      "float temperature) -> Tensor gradient");
+  // Sums over all pixels [2 + 5C], from which coefficients [1 + 4C] are made, both in double.
+  m.def(
+      "class_pearson_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? target, float temperature, "
+      "int ignore_index) -> Tensor sums");
+  m.def(
+      "class_pearson_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? target, Tensor coefficients, "
+      "Tensor upstream, float temperature, int ignore_index) -> Tensor gradient");
   // The relation matrix itself, [B, N, N], in the type of the arithmetic.
   m.def("pixel_affinity_" MEDKD_BACKEND "(Tensor x, str relation) -> Tensor affinity");
   m.def("pixel_affinity_backward_" MEDKD_BACKEND "(Tensor x, Tensor upstream, str relation) -> Tensor gradient");

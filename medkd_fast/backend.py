@@ -26,6 +26,8 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "channel_relation": {"cpu": ("cpp",)},
     "pixel_affinity": {"cpu": ("cpp",)},
     "pixel_relation": {"cpu": ("cpp",)},
+    "spatial_kl": {"cpu": ("cpp",)},
+    "class_pearson": {"cpu": ("cpp",)},
 }
 
 

@@ -53,10 +53,11 @@ struct ClassKL {
     for (int64_t p = 0; p < padded; ++p) {
       const A weight = tile.weight[p] * temperature;
       const bool valid = tile.label[p] >= 0;
-      tile.value[0][p] = valid ? weight * temperature * divergence(sum_s[p], sum_t[p], weighted[p]) : A(0);
+      const A inverse_t = inverse_of_sum(sum_t[p]);
+      tile.value[0][p] = valid ? weight * temperature * divergence(sum_s[p], sum_t[p], inverse_t, weighted[p]) : A(0);
       // no class in the teacher: the value is constantly 0
-      scale_s[p] = sum_s[p] > A(0) && sum_t[p] != A(0) ? weight / sum_s[p] : A(0);
-      scale_t[p] = sum_t[p] > A(0) ? weight / sum_t[p] : A(0);
+      scale_s[p] = inverse_t == A(0) ? A(0) : weight * inverse_of_sum(sum_s[p]);
+      scale_t[p] = weight * inverse_t;
     }
     if (!tile.want_gradient) return;
     for (int64_t c = 0; c < classes; ++c) {

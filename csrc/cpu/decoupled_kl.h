@@ -66,7 +66,8 @@ struct DecoupledKL {
       const A d_s = (own_s[p] - max_s[p]) - log_nonnegative(sum_s[p]);
       const A d_t = (own_t[p] - max_t[p]) - log_nonnegative(sum_t[p]);
       const TargetTerm<A> target = target_term(d_s, d_t);
-      const A nontarget = divergence(sum_s[p], sum_t[p], weighted[p]);
+      const A inverse_s = inverse_of_sum(sum_s[p]), inverse_t = inverse_of_sum(sum_t[p]);
+      const A nontarget = divergence(sum_s[p], sum_t[p], inverse_t, weighted[p]);
       const A weight = tile.weight[p] * temperature;
       const bool valid = label[p] >= 0;
       // a part of weight 0 is left out, even an infinite one
@@ -76,7 +77,7 @@ struct DecoupledKL {
       tile.value[1][p] = valid ? weight * temperature * target.value : A(0);
       tile.value[2][p] = valid ? weight * temperature * nontarget : A(0);
       const Coefficients<A> k =
-          decoupled_coefficients(sum_s[p], sum_t[p], target.gradient, target_weight, nontarget_weight, weight);
+          decoupled_coefficients(inverse_s, inverse_t, target.gradient, target_weight, nontarget_weight, weight);
       own_gradient[p] = k.target;
       scale_s[p] = k.student;
       scale_t[p] = k.teacher;

@@ -78,7 +78,7 @@ struct Relation {
   Features features;
   const void* student_shift;
   const void* teacher_shift;
-  double inverse_temperature;
+  double inverse_temperature;  // and of spatial_kl
 };
 
 // A range of one image's pixels, taken `block` at a time, and a range of the rows of the matrix of sums.
@@ -162,11 +162,27 @@ struct ChannelLoops : RelationLoops<A> {
 };
 
 template <typename A>
+struct SpatialLoops {
+  // what a part of the pixels leaves behind of every channel, five numbers each
+  void (*sums)(const Relation&, const RelationPart&, double* pieces);
+  // from four factors a channel, [images, C, 4], and the upstream gradient of each or, where the step is 0, of all
+  void (*gradient)(const Relation&, const RelationPart&, const A* rows, const A* upstream, int64_t upstream_step);
+};
+
+template <typename A>
+struct PearsonLoops {
+  void (*sums)(const PixelLoss&, const PixelRange&, double* sums);
+  void (*gradient)(const PixelLoss&, const PixelRange&, const double* coefficients, A factor);
+};
+
+template <typename A>
 struct Loops {
   PixelLoops decoupled_kl, class_kl;
   ChannelLoops<A> channel_relation;
   RelationLoops<A> pixel_relation;
   PixelPairLoops<A> pixel_pairs;
+  SpatialLoops<A> spatial_kl;
+  PearsonLoops<A> class_pearson;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

@@ -1,9 +1,11 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
 #include "channel_relation.h"
 #include "class_kl.h"
+#include "class_pearson.h"
 #include "decoupled_kl.h"
 #include "pixel_pairs.h"
 #include "pixel_relation.h"
+#include "spatial_kl.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
@@ -18,6 +20,8 @@ constexpr Loops<A> loops_of() {
           {{channel_sums<A>, channel_gradient<A>}, channel_sample_mean<A>, channel_highest<A>},
           {pixel_sums<A>, pixel_gradient<A>},
           {load_panels<A>, pair_sums<A>, pair_gradient<A>, pair_relations<A>, pair_relations_gradient<A>, store_panels<A>},
+          {spatial_sums<A>, spatial_gradient<A>},
+          {pearson_sums<A>, pearson_gradient<A>},
           store_line<A>,
           scale<A>};
 }

@@ -37,13 +37,14 @@ template <typename I, typename A>
 inline void load_labels_as(const PixelLoss& loss, int64_t first, int64_t length, bool uses_target, Tile<A>& tile,
                            PixelSums& sums) {
   const I* target = static_cast<const I*>(loss.target) + first;
+  const int64_t ignore_index = loss.ignore_index, classes = loss.classes;
   int32_t bad = 0;
-  for (int64_t p = 0; p < length; ++p) {
+  for (int64_t p = 0; p < length; ++p) {  // without a branch
     const int64_t y = static_cast<int64_t>(target[p]);
-    const bool ignored = y == loss.ignore_index;
-    const bool inside = y >= 0 && y < loss.classes;
-    bad |= !(ignored || inside || !uses_target);
-    tile.label[p] = ignored ? -1 : inside ? static_cast<int32_t>(y) : 0;
+    const int32_t ignored = y == ignore_index;
+    const int32_t inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(classes);
+    bad |= uses_target & ((ignored | inside) ^ 1);
+    tile.label[p] = (static_cast<int32_t>(y) & -inside) | -ignored;
   }
   if (bad)
     for (int64_t p = 0; p < length; ++p) {

@@ -17,11 +17,17 @@ MEDKD_INLINE A weighted_difference(A e_t, A x_t, A x_s) {
   return difference == infinity<A>() ? difference : e_t * difference;
 }
 
+// 1 / x, and 0 where a sum of exponentials has no class.
+template <typename A>
+MEDKD_INLINE A inverse_of_sum(A x) {
+  return x > A(0) ? A(1) / x : A(0);
+}
+
 // KL(teacher, student) over a set of classes from the two sums of exponentials and the summed weighted differences.
 // No class in the set: 0.
 template <typename A>
-MEDKD_INLINE A divergence(A sum_s, A sum_t, A weighted) {
-  const A sum = log_nonnegative(sum_s / sum_t) + weighted / sum_t;
+MEDKD_INLINE A divergence(A sum_s, A sum_t, A inverse_t, A weighted) {
+  const A sum = log_nonnegative(sum_s / sum_t) + weighted * inverse_t;  // the quotient of equal sums is 1
   const A finite = weighted == infinity<A>() ? weighted : sum;
   return sum_t == A(0) ? A(0) : finite;
 }
@@ -41,15 +47,17 @@ MEDKD_INLINE TargetTerm<A> target_term(A d_s, A d_t) {
   const A t = flip ? -d_t : d_t;
   const A e_s = exp_nonpositive(-absolute(s));
   const A e_t = exp_nonpositive(t);
-  const A b_t = e_t / (A(1) + e_t);
+  const A inverse_s = A(1) / (A(1) + e_s);
+  const A inverse_t = A(1) / (A(1) + e_t);
+  const A b_t = e_t * inverse_t;
   // what the student rules out and the teacher does not is infinitely far, even where the teacher's probability underflows
   const bool ruled_out = s == -infinity<A>() && t > -infinity<A>();
   const A opposed = (A(1) - b_t) * s + (b_t > A(0) ? b_t * t : A(0));
   const A agreed = ruled_out ? infinity<A>() : b_t > A(0) ? -b_t * (s - t) : A(0);
   const A linear = s > A(0) ? opposed : agreed;
-  const A b_s = (s > A(0) ? A(1) : e_s) / (A(1) + e_s);
+  const A b_s = (s > A(0) ? A(1) : e_s) * inverse_s;
   const A gradient = b_s - b_t;
-  return {linear + (log1p_unit(e_s) - log1p_unit(e_t)), flip ? -gradient : gradient};
+  return {linear + (log1p_unit(e_s, inverse_s) - log1p_unit(e_t, inverse_t)), flip ? -gradient : gradient};
 }
 
 template <typename A>
@@ -61,13 +69,11 @@ struct Coefficients {
 
 // `scale` is the pixel's weight times the temperature (temperature^2 of the loss over temperature of the chain rule).
 template <typename A>
-MEDKD_INLINE Coefficients<A> decoupled_coefficients(A sum_s, A sum_t, A target_gradient, A target_weight,
+MEDKD_INLINE Coefficients<A> decoupled_coefficients(A inverse_s, A inverse_t, A target_gradient, A target_weight,
                                                     A nontarget_weight, A scale) {
-  const A inverse_s = sum_s > A(0) ? scale / sum_s : A(0);
-  const A inverse_t = sum_t > A(0) ? scale / sum_t : A(0);
-  const A nontarget = sum_t == A(0) ? A(0) : nontarget_weight;  // no class in the teacher: that part is constantly 0
-  return {scale * target_weight * target_gradient, (nontarget - target_weight * target_gradient) * inverse_s,
-          -nontarget_weight * inverse_t};
+  const A nontarget = inverse_t == A(0) ? A(0) : nontarget_weight;  // no class in the teacher: that part is constantly 0
+  return {scale * target_weight * target_gradient, scale * (nontarget - target_weight * target_gradient) * inverse_s,
+          -scale * nontarget_weight * inverse_t};
 }
 
 }  // namespace MEDKD_ISA

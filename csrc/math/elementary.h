@@ -81,20 +81,25 @@ MEDKD_INLINE float log_nonnegative(float x) {
 #if MEDKD_DEVICE_CODE
   return logf(x);
 #else
-  // x = 2^k m with m in [sqrt 1/2, sqrt 2); log m = 2 artanh(z), z = f / (2 + f), f = m - 1.
+  // x = 2^k m with m in [sqrt 1/2, sqrt 2), f = m - 1. No division: beside the polynomial's products it would be the
+  // slowest part.
   const float normal = x < 1.17549435e-38f ? 1.17549435e-38f : x;
   const int32_t bits = bits_from_float(normal);
   const int32_t offset = bits - 0x3f3504f3;
   const float k = static_cast<float>(offset >> 23);
   const float f = float_from_bits((offset & 0x007fffff) + 0x3f3504f3) - 1.0f;
-  const float z = f / (2.0f + f);
-  const float zz = z * z;
-  // 2 artanh(z) = f - z (f - R), R = zz (2/3 + 2/5 zz + 2/7 zz^2 + ...), so that a small f loses nothing.
-  float series = 0.2222222222f;
-  series = series * zz + 0.2857142857f;
-  series = series * zz + 0.4f;
-  series = series * zz + 0.6666666667f;
-  const float log_m = f - z * (f - series * zz);
+  const float ff = f * f;
+  // log m = f - f^2 / 2 + f^3 p(f), so that a small f loses nothing. Coefficients: minimax, as in Cephes' logf.
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float log_m = f + (p * f - 0.5f) * ff;
   float result = k * 0.693145751953125f + (k * 1.42860682030941723e-6f + log_m);
   result = x == 0.0f ? -infinity<float>() : result;
   return x < infinity<float>() ? result : x;  // infinity and NaN are their own logarithms
@@ -102,16 +107,16 @@ MEDKD_INLINE float log_nonnegative(float x) {
 }
 MEDKD_INLINE double log_nonnegative(double x) { return log(x); }
 
-// log(1 + x) for x in [0, 1].
-MEDKD_INLINE float log1p_unit(float x) {
+// log(1 + x) for x in [0, 1], given 1 / (1 + x).
+MEDKD_INLINE float log1p_unit(float x, float inverse) {
 #if MEDKD_DEVICE_CODE
   return log1pf(x);
 #else
   const float u = 1.0f + x;
-  return log_nonnegative(u) + (x - (u - 1.0f)) / u;  // what rounding 1 + x lost, to first order
+  return log_nonnegative(u) + (x - (u - 1.0f)) * inverse;  // what rounding 1 + x lost, to first order
 #endif
 }
-MEDKD_INLINE double log1p_unit(double x) { return log1p(x); }
+MEDKD_INLINE double log1p_unit(double x, double) { return log1p(x); }
 
 }  // namespace MEDKD_ISA
 }  // namespace medkd

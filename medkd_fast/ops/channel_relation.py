@@ -61,11 +61,7 @@ def channel_relation(
     tensor(0.5000)
     """
     check_relation(student, teacher, relation, RELATIONS, divergence, temperature, reduction)
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"student and teacher: got {student.shape[1]} and {teacher.shape[1]} channels, want equal numbers; put a 1x1 "
-            f"adapter on the student, for example torch.nn.Conv2d({student.shape[1]}, {teacher.shape[1]}, kernel_size=1)"
-        )
+    check_channels(student, teacher)
     if relation == "softmax" and divergence == "kl":
         raise ValueError(
             "divergence: got 'kl' with relation='softmax', whose rows are products of probabilities and no scores; "
@@ -79,6 +75,14 @@ def channel_relation(
     if common.wants_gradient(student):
         return ChannelRelation.apply(student, teacher, mask, backend, *settings)
     return kernel("channel_relation", backend)(student, teacher, mask, *settings)[0]
+
+
+def check_channels(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student and teacher: got {student.shape[1]} and {teacher.shape[1]} channels, want equal numbers; put a 1x1 "
+            f"adapter on the student, for example torch.nn.Conv2d({student.shape[1]}, {teacher.shape[1]}, kernel_size=1)"
+        )
 
 
 class ChannelRelation(torch.autograd.Function):

@@ -90,13 +90,18 @@ def decoupled_kl(
     )
 
 
-def check_logits(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Equal classes, and a student no larger than the teacher along any axis."""
+def check_classes(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Equal classes, at least one."""
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student and teacher: got {student.shape[1]} and {teacher.shape[1]} classes, want the same classes in the same "
             "order; select the common ones from the teacher's logits"
         )
+
+
+def check_logits(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Equal classes, and a student no larger than the teacher along any axis."""
+    check_classes(student, teacher)
     if any(s > t or (s == 0) != (t == 0) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)):
         raise ValueError(
             f"student: got spatial shape {tuple(student.shape[2:])}, want at most the teacher's, {tuple(teacher.shape[2:])}; "

@@ -1,4 +1,4 @@
-"""What channel_relation and pixel_relation share: their argument checks."""
+"""What the losses on features share: their argument checks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def check_relation(
     common.check_choice("divergence", divergence, DIVERGENCES)
     common.check_choice("reduction", reduction, common.REDUCTIONS)
     common.check_temperature(temperature)
+    check_sizes(student, teacher)
+
+
+def check_sizes(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Equal spatial sizes, and channels."""
     if student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"student and teacher: got spatial sizes {tuple(student.shape[2:])} and {tuple(teacher.shape[2:])}, want equal "
