@@ -71,3 +71,9 @@ def fused(request: pytest.FixtureRequest) -> Iterator[str]:
 def cpp() -> Iterator[str]:
     """For what only the CPU's does."""
     yield from forced("cpp")
+
+
+@pytest.fixture
+def triton() -> Iterator[str]:
+    """For what only Triton's does."""
+    yield from forced("triton")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from operators import assert_close
 
 from medkd_fast import DecoupledKL, decoupled_kl
+from medkd_fast.backend import kernel
 
 
 def sample(classes: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,3 +128,20 @@ def test_label_out_of_range_raises(backend: str, label: int) -> None:
     if backend == "cpp":
         with pytest.raises(RuntimeError, match=f"target holds the label {label}"):
             torch.compile(lambda: decoupled_kl(student, teacher, target).loss)()
+
+
+@pytest.mark.parametrize("low", [(6, 7), (3, 4)], ids=["same size", "upsampled"])
+def test_label_out_of_range_where_nobody_checks_is_no_number(low: tuple[int, int], triton: str) -> None:
+    # on a GPU a check would wait for it
+    student, teacher, target = sample()
+    student = student[:, :, : low[0], : low[1]]
+    target[1, 3, 2] = 5
+    call = partial(kernel("decoupled_kl", triton), student, teacher, target)
+    loss, *_, gradient = call(None, 1.0, 1.0, 4.0, -100, "mean", True)
+    assert loss.isnan() and gradient.isnan().any()
+    each, *_ = call(None, 1.0, 1.0, 4.0, -100, "none", False)
+    assert each.isnan().sum() == 1 and each[1, 3, 2].isnan()
+    ignored = torch.ones_like(each)
+    ignored[1, 3, 2] = 0
+    loss, *_, gradient = call(ignored, 1.0, 1.0, 4.0, -100, "mean", True)
+    assert loss.isfinite() and gradient.isfinite().all()

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
+from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, rounding, value_and_gradient
 
 import medkd_fast
-from medkd_fast.backend import kernel
+from medkd_fast.backend import INTERPRETED, kernel
 from medkd_fast.functional import class_kl, decoupled_kl
 
 Loss = Callable[..., torch.Tensor]
@@ -64,6 +64,8 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "low"), SHAPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_equals_the_definition(loss: Loss, backend: str, shape, low, reduction: str) -> None:
+    if backend == "triton" and INTERPRETED and reduction == "sum" and low is not None:
+        pytest.skip("slow in the interpreter; the mean is this sum divided")
     student, teacher, target = sample(shape, low)
     weight = torch.rand(target.shape)
     upstream = torch.randn(target.shape if reduction == "none" else (), dtype=torch.float64)
@@ -95,7 +97,10 @@ def test_gradcheck(loss: Loss, backend: str, low, reduction: str) -> None:
     weight = torch.rand(target.shape, dtype=torch.float64)
     student.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: loss(x, teacher, target, weight=weight, reduction=reduction), student, check_undefined_grad=False
+        lambda x: loss(x, teacher, target, weight=weight, reduction=reduction),
+        student,
+        check_undefined_grad=False,
+        fast_mode=backend == "triton",  # one direction instead of every entry: an interpreter is slow
     )
 
 
@@ -111,7 +116,7 @@ def test_half_precision_is_no_worse_than_plain_pytorch(loss: Loss, fused: str, d
     plain_error = abs(plain.item() - want.item()) / want.item()
     assert_close(value, want, 2 * plain_error + ROUNDING[torch.float32], "value")
     # rounded once when it is saved and once when it is scaled, each to half an ulp at most
-    assert_close(gradient, want_gradient, 2 * ROUNDING[dtype], "gradient")
+    assert_close(gradient, want_gradient, 2 * rounding(dtype, fused), "gradient")
 
 
 def test_student_and_teacher_of_different_dtype(loss: Loss, backend: str) -> None:
@@ -120,7 +125,7 @@ def test_student_and_teacher_of_different_dtype(loss: Loss, backend: str) -> Non
     value, gradient = value_and_gradient(lambda x: loss(x, teacher, target), student)
     want, want_gradient = truth(loss, student, teacher, target)
     assert_close(value, want, 1e-6)
-    assert_close(gradient, want_gradient, 2 * ROUNDING[torch.bfloat16])
+    assert_close(gradient, want_gradient, 2 * rounding(torch.bfloat16, backend))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 12, 18), (2, 5, 4, 6, 10)], ids=["2-D", "3-D"])
@@ -336,9 +341,15 @@ def test_double_backward_of_the_reference(loss: Loss) -> None:
         assert torch.autograd.gradgradcheck(lambda x: loss(x, teacher, target), student)
 
 
-def test_same_bits_for_any_number_of_threads(loss: Loss, backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("torch's own sums promise no such thing")
+def test_same_bits_every_time(loss: Loss, fused: str) -> None:
+    for low in (None, (5, 8)):
+        student, teacher, target = sample((2, 3, 20, 32), low)
+        s, t = student.float(), teacher.float()
+        first, second = (value_and_gradient(lambda x: loss(x, t, target), s) for _ in range(2))  # noqa: B023
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_same_bits_for_any_number_of_threads(loss: Loss, cpp: str) -> None:
     for low in (None, (25, 40)):
         student, teacher, target = sample((3, 9, 100, 160), low)
         s, t = student.float(), teacher.float()

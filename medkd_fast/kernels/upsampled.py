@@ -35,10 +35,10 @@ def places(cell, first, full, low, A: tl.constexpr):
 
     The outermost cells have one corner alone.
     """
-    place = ((2 * first + 1) * low - full - 2 * full * cell).to(A) / (2 * full).to(A)
+    place = ((2 * first + 1) * low - full - 2 * full * cell).to(A) / tl.full((), 2 * full, A)
     alone = (cell < 0) | (cell == low - 1)
     place = tl.where(alone, tl.where(cell < 0, 1.0, 0.0), place)
-    return place, tl.where(alone, 0.0, low.to(A) / full.to(A))
+    return place, tl.where(alone, 0.0, tl.full((), low, A) / tl.full((), full, A))
 
 
 @triton.jit
@@ -75,22 +75,41 @@ def corner(p_s, pixel, stride_sc, stride_sn, mask, classes, A: tl.constexpr, K: 
     for k in tl.static_range(K):
         channel = (rows + k * R).to(tl.int64)
         m = mask if R == 1 else mask & (channel < classes)
-        b = tl.load(p_s + channel * stride_sc + pixel * stride_sn, mask=m, other=-float("inf")).to(A)
+        b = tl.load(p_s + channel * stride_sc + pixel.to(tl.int64) * stride_sn, mask=m, other=-float("inf")).to(A)
         x += (tl.where(b < -1e30, -1e30, b),)
     return x
+
+
+@triton.jit
+def along_line(
+    p_s, x, y_a, y_b, z_a, z_b, at_y, at_z, low_y, low_x, stride_sc, stride_sn, mask, classes,
+    A: tl.constexpr, Z: tl.constexpr, Y: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The student's logits on a full-resolution line where it passes the low-resolution pixels at x."""
+    s = corner(p_s, (z_a * low_y + y_a) * low_x + x, stride_sc, stride_sn, mask, classes, A, K, R)
+    if Y:
+        s_y = corner(p_s, (z_a * low_y + y_b) * low_x + x, stride_sc, stride_sn, mask, classes, A, K, R)
+        s = between(s, s_y, at_y, K)
+    if Z:
+        s_z = corner(p_s, (z_b * low_y + y_a) * low_x + x, stride_sc, stride_sn, mask, classes, A, K, R)
+        if Y:
+            s_y = corner(p_s, (z_b * low_y + y_b) * low_x + x, stride_sc, stride_sn, mask, classes, A, K, R)
+            s_z = between(s_z, s_y, at_y, K)
+        s = between(s, s_z, at_z, K)
+    return s
 
 
 @triton.jit
 def upsampled_kernel(
     student, teacher, target, weight, parts, loss, target_term, nontarget_term, sums,
     stride_sb, stride_sc, stride_sn, stride_tb, stride_tc, stride_tn,
-    full_z: tl.int64, full_y: tl.int64, full_x: tl.int64, low_z: tl.int64, low_y: tl.int64, low_x: tl.int64,
+    full_z, full_y, full_x, low_z, low_y, low_x, pixels: tl.int64, low_pixels: tl.int64,
     most_z, most_y, most_x, images, classes, tiles_of_image, tiles, tiles_of_program,
     target_weight: tl.float64, nontarget_weight: tl.float64, temperature: tl.float64, to_base_2: tl.float64,
     ignore_index: tl.int64,
     A: tl.constexpr, DECOUPLED: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANT_GRADIENT: tl.constexpr, PER_PIXEL: tl.constexpr, Z: tl.constexpr, Y: tl.constexpr,
-    K: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
+    INDEX: tl.constexpr, K: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Z and Y: 1 where that axis is interpolated, else 0. most_x: full-resolution pixels of a cell along x, at most."""
     target_weight, nontarget_weight = tl.full((), target_weight, A), tl.full((), nontarget_weight, A)
@@ -100,11 +119,10 @@ def upsampled_kernel(
     before = tl.broadcast_to(tl.maximum(lane - 1, 0), (R, M))
     sum_target, sum_nontarget, sum_weight = (tl.full((), 0.0, tl.float64),) * 3
     cells_x, cells_y, cells_z = low_x + 1, low_y + Y, low_z + Z
-    pixels, low_pixels = full_z * full_y * full_x, low_z * low_y * low_x
     i_slot = tl.program_id(0)
     for i_tile in range(i_slot * tiles_of_program, min((i_slot + 1) * tiles_of_program, tiles)):
         i_b = (i_tile // tiles_of_image).to(tl.int64)
-        cell = (i_tile % tiles_of_image).to(tl.int64) * (M - 1) + lane
+        cell = (i_tile % tiles_of_image).to(INDEX) * (M - 1) + lane
         m_cell = cell < cells_z * cells_y * cells_x
         # the first lane repeats the last one of the tile before
         m_own = m_cell & ((lane > 0) | (cell == 0))
@@ -128,21 +146,14 @@ def upsampled_kernel(
         cell_target, cell_nontarget, cell_weight = (tl.zeros((1, M), tl.float64),) * 3
         for i_z in range(most_z):
             at_z = place_z + i_z * step_z
-            s_z = ()
-            for i_y in tl.static_range(1 + Y):
-                for i_x in tl.static_range(2):
-                    line = (y_b if i_y else y_a) * low_x + (x_b if i_x else x_a)
-                    a = corner(p_s, z_a * low_y * low_x + line, stride_sc, stride_sn, m_cell, classes, A, K, R)
-                    if Z:
-                        b = corner(p_s, z_b * low_y * low_x + line, stride_sc, stride_sn, m_cell, classes, A, K, R)
-                        a = between(a, b, at_z, K)
-                    s_z += (a,)
             v_z = (nothing, nothing), (nothing, nothing)
             for i_y in range(most_y):
                 at_y = place_y + i_y * step_y
-                s_a, s_b = s_z[0], s_z[1]
-                if Y:
-                    s_a, s_b = between(s_a, s_z[2], at_y, K), between(s_b, s_z[3], at_y, K)
+                # the corners are loaded for every line anew: there are no registers to keep them in
+                s_a = along_line(p_s, x_a, y_a, y_b, z_a, z_b, at_y, at_z, low_y, low_x, stride_sc, stride_sn, m_cell, classes,
+                                 A, Z, Y, K, R)  # fmt: skip
+                s_b = along_line(p_s, x_b, y_a, y_b, z_a, z_b, at_y, at_z, low_y, low_x, stride_sc, stride_sn, m_cell, classes,
+                                 A, Z, Y, K, R)  # fmt: skip
                 line = ((first_z + i_z) * full_y + first_y + i_y) * full_x + first_x
                 m_line = m_cell & (first_z + i_z < end_z) & (first_y + i_y < end_y)
                 v_a, v_b = nothing, nothing
@@ -155,7 +166,7 @@ def upsampled_kernel(
                         s += (tl.where(b < -1e20, -float("inf"), b),)
                         channel = (rows + k * R).to(tl.int64)
                         m = m_n if R == 1 else m_n & (channel < classes)
-                        p = p_t + channel * stride_tc + (line + i_x) * stride_tn
+                        p = p_t + channel * stride_tc + (line + i_x).to(tl.int64) * stride_tn
                         t += (tl.load(p, mask=m, other=-float("inf")).to(A),)
                     target_part, nontarget_part, w, v_x = tile_of_pixels(
                         s, t, target, weight, loss, target_term, nontarget_term, i_b * pixels + line + i_x, m_n, m_n & m_own,
@@ -184,18 +195,18 @@ def upsampled_kernel(
             sum_nontarget += tl.sum(tl.where(m_own, cell_nontarget, 0.0))
             sum_weight += tl.sum(tl.where(m_own, cell_weight, 0.0))
         if WANT_GRADIENT:
-            for i_z in tl.static_range(1 + Z):
-                for i_y in tl.static_range(1 + Y):
-                    to_z, to_y = z + i_z, y + i_y
+            for c_z in tl.static_range(1 + Z):
+                for c_y in tl.static_range(1 + Y):
+                    to_z, to_y = z + c_z, y + c_y
                     m_to = m_cell & (lane > 0) & (x >= 0)
                     m_to = m_to & (to_z >= 0) & (to_z < low_z) & (to_y >= 0) & (to_y < low_y)
-                    part = (i_z * (1 + Y) + i_y) * images + i_b
+                    part = (c_z * (1 + Y) + c_y) * images + i_b
                     p_v = parts + part * classes * low_pixels + (to_z * low_y + to_y) * low_x + x
                     for k in tl.static_range(K):
                         channel = (rows + k * R).to(tl.int64)
                         m = m_to if R == 1 else m_to & (channel < classes)
-                        of_cell_before = tl.gather(v[i_z][i_y][1][k], before, 1)
-                        tl.store(p_v + channel * low_pixels, v[i_z][i_y][0][k] + of_cell_before, mask=m)
+                        of_cell_before = tl.gather(v[c_z][c_y][1][k], before, 1)
+                        tl.store(p_v + channel * low_pixels, v[c_z][c_y][0][k] + of_cell_before, mask=m)
     if not PER_PIXEL:
         store_sums(sums, sum_target, sum_nontarget, sum_weight)
 
@@ -235,13 +246,15 @@ def upsampled(call: Call, low: tuple[int, ...], full: tuple[int, ...]) -> tuple[
     tiles = call.images * tiles_of_image
     slots, tiles_of_program, sums = call.slots(tiles)
     low_pixels = low[0] * low[1] * low[2]
+    # what kernels compute with on the way to an offset
+    largest = max(call.pixels, cells + M, *(4 * (n + 1) * (m + 1) for n, m in zip(full, low, strict=True)))
     numbers, count = call.images * call.classes * low_pixels, (1 + z) * (1 + y)
     parts = call.student.new_empty(count * numbers if call.settings.need_gradient else 0, dtype=call.outputs[3].dtype)
     upsampled_kernel[(slots,)](
         call.student, call.teacher, *call.inputs, parts, *call.values, sums, *call.strides_s, *call.strides_t,
-        *full, *low, *(-(-n // m) for n, m in zip(full, low, strict=True)), call.images, call.classes,
+        *full, *low, call.pixels, low_pixels, *(-(-n // m) for n, m in zip(full, low, strict=True)), call.images, call.classes,
         tiles_of_image, tiles, tiles_of_program, *call.numbers,
-        **call.flags, Z=z, Y=y, K=K, R=R, M=M, num_warps=1,
+        **call.flags, Z=z, Y=y, INDEX=tl.int32 if largest < 2**31 else tl.int64, K=K, R=R, M=M, num_warps=1,
     )  # fmt: skip
     if call.settings.need_gradient:
         add_parts_kernel[(-(-numbers // 1024),)](
