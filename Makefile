@@ -6,13 +6,14 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz sanitize lint bench numerics gpu-check clean
+.PHONY: demo test fuzz sanitize cuda-report lint bench numerics gpu-check clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
 	@echo 'make test      run the tests'
 	@echo 'make fuzz      100,000 generated calls of every operator against the definition'
 	@echo 'make sanitize  the operator tests with a library that checks memory and undefined behaviour'
+	@echo 'make cuda-report  registers, shared memory and spills of every CUDA kernel'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     microbenchmarks'
 	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
@@ -54,6 +55,9 @@ sanitize: .venv/test-$(KEY)
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 		../../$(BIN)/python -m pytest --capture=sys -k "not compile and not memory and not cuda and not triton" $(ARGS) $(addprefix ../../,$(OPERATOR_TESTS))
+
+cuda-report: .venv/test-$(KEY)
+	$(BIN)/python tests/cuda_report.py
 
 lint: .venv/test-$(KEY)
 	$(BIN)/ruff check .

@@ -44,7 +44,16 @@ if os.environ.get("MEDKD_FAST_SANITIZE") != "1":
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *SANITIZE]
 # Machine code for A100 and H100 and their kin; the driver makes that for later GPUs from the instructions of 9.0.
 ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-CUDA_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "--threads=2"]
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-DUSE_CUDA",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    "--threads=2",
+    "-Xptxas=-v",
+]
+#: What nvcc says of each kernel's resources; `make cuda-report` reads it.
+RESOURCES = re.compile(r"^(ptxas info .*| +\d+ bytes stack frame.*)\n", re.MULTILINE)
 # Stable-ABI declarations of torch 2.10, the oldest version that the library runs with.
 TORCH_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -101,7 +110,9 @@ def compile_objects(jobs: list[tuple[Path, list[str]]], directory: Path, headers
         target = directory / f"{source.stem}-{key[:16]}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.o")
-            sys.stderr.write(run([*command, "-c", str(source), "-o", str(partial)]))
+            said = run([*command, "-c", str(source), "-o", str(partial)])
+            target.with_suffix(".txt").write_text(said)
+            sys.stderr.write(re.sub(RESOURCES, "", said))
             os.replace(partial, target)
         return target
 

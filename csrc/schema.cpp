@@ -50,10 +50,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) {
   m.def(
       "spatial_kl_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, Tensor rows, Tensor upstream, "
       "float temperature) -> Tensor gradient");
-  // Sums over all pixels [2 + 5C], from which coefficients [1 + 4C] are made, both in double.
+  // Sums over all pixels [2 + 5C]; from them the loss, its parts, in float if `single`, and what the gradient takes,
+  // [1 + 4C]. All else is double.
   m.def(
       "class_pearson_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? target, float temperature, "
       "int ignore_index) -> Tensor sums");
+  m.def(
+      "class_pearson_terms_" MEDKD_BACKEND "(Tensor sums, float inter_weight, float intra_weight, float temperature, "
+      "bool single) -> (Tensor loss, Tensor inter, Tensor intra, Tensor coefficients)");
   m.def(
       "class_pearson_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? target, Tensor coefficients, "
       "Tensor upstream, float temperature, int ignore_index) -> Tensor gradient");

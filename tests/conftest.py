@@ -38,7 +38,7 @@ def seed() -> None:
 @contextmanager
 def emulated_cuda() -> Iterator[None]:
     """The backend "cuda" takes CPU tensors when it is forced."""
-    cuda_host.load()
+    assert not (error := cuda_host.load()), error
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.UNAVAILABLE, "cuda", "")
         patch.setitem(backends.ON_REQUEST, "cpu", [*backends.ON_REQUEST["cpu"], "cuda"])
@@ -71,9 +71,3 @@ def fused(request: pytest.FixtureRequest) -> Iterator[str]:
 def cpp() -> Iterator[str]:
     """For what only the CPU's does."""
     yield from forced("cpp")
-
-
-@pytest.fixture
-def triton() -> Iterator[str]:
-    """For what only Triton's does."""
-    yield from forced("triton")

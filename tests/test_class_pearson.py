@@ -188,6 +188,9 @@ def test_opcheck(fused: str) -> None:
     student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5).to(torch.bfloat16)
     target = torch.randint(0, 3, (2, 4, 5))
     torch.library.opcheck(kernel("class_pearson", fused), (student, teacher, target, 2.0, 1))
+    sums = kernel("class_pearson", fused)(student, teacher, target, 2.0, 1)
+    for single in (True, False):
+        torch.library.opcheck(kernel("class_pearson_terms", fused), (sums, 1.0, 2.0, 3.0, single))
     args = (student, teacher, target, torch.randn(13, dtype=torch.float64), torch.tensor(2.0), 2.0, 1)
     torch.library.opcheck(kernel("class_pearson_backward", fused), args)
 

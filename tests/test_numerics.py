@@ -10,8 +10,9 @@ from numerics import CONTRACT, DOCUMENT, DTYPES, POINTS, SETTINGS, limits, measu
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_contract(cpp: str, name: str, point: str, dtype: str) -> None:
-    row = measure(SETTINGS[name], point, DTYPES[dtype])
-    limit = limits(point, DTYPES[dtype], row.plain)
+    setting = SETTINGS[name]
+    row = measure(setting, point, DTYPES[dtype])
+    limit = limits(point, DTYPES[dtype], row.plain, setting.by_products)
     assert row.fused.value <= limit.value, f"value: {row} is above {limit}"
     assert row.fused.gradient <= limit.gradient, f"gradient: {row} is above {limit}"
     assert row.lowest >= -CONTRACT["converged"].value, f"a divergence is not negative beyond rounding: {row}"

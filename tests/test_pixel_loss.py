@@ -156,6 +156,38 @@ def test_layouts_give_the_same_bits(loss: Loss, backend: str, shape: tuple[int, 
     assert torch.equal(loss(student, one, target), loss(student, one.contiguous(), target))
 
 
+@pytest.mark.parametrize("classes", [2, 8, 12, 16, 21, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_numbers_of_classes_and_layouts(loss: Loss, fused: str, classes: int, dtype: torch.dtype) -> None:
+    def offset(x: torch.Tensor) -> torch.Tensor:  # its storage begins in the middle of 16 bytes
+        return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].copy_(x.reshape(-1)).reshape(x.shape)
+
+    # two images, of which neither fills a block, and a size that packs of pixels fit
+    student, teacher, target = sample((2, classes, 17, 20))
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    want, want_gradient = truth(loss, student, teacher, target)
+    layouts = {
+        "contiguous": (student, teacher),
+        "channels_last": (channels_last(student), channels_last(teacher)),
+        "teacher channels_last": (student, channels_last(teacher)),
+        "student channels_last": (channels_last(student), teacher),
+        "offset": (offset(student), offset(teacher)),
+        "one offset": (student, offset(teacher)),
+    }
+    for name, (s, t) in layouts.items():
+        value, gradient = value_and_gradient(lambda x: loss(x, t, target), s)  # noqa: B023
+        assert_close(value, want, 1e-6, name)
+        assert_close(gradient, want_gradient, 1e-5 if dtype == torch.float32 else 2 * ROUNDING[dtype], name)
+
+
+def test_more_classes_than_shared_memory_holds(loss: Loss, fused: str) -> None:
+    student, teacher, target = sample((1, 400, 6, 9), (3, 4))
+    want, want_gradient = truth(loss, student.float(), teacher.float(), target)
+    value, gradient = value_and_gradient(lambda x: loss(x, teacher.float(), target), student.float())
+    assert_close(value, want, 1e-6)
+    assert_close(gradient, want_gradient, 1e-5)
+
+
 def test_upsampled_channels_last_student(loss: Loss, backend: str) -> None:
     student, teacher, target = sample((2, 5, 16, 24), (4, 8))
     want, want_gradient = value_and_gradient(lambda x: loss(x, teacher, target), student)

@@ -306,9 +306,11 @@ def test_pixels_of_equal_channels_are_zero_rows_for_pearson(backend: str) -> Non
         assert_close(pixel_relation(shifted, teacher, **settings), want, 1e-5)
 
 
-def test_gram_of_large_features(backend: str) -> None:
-    # logits of 10^4, and rows that are one-hot: their maxima, not the sums, decide. Rounding is 10^4 * 6e-8
-    student, teacher = (30 * x.float() for x in sample((2, 8, 6, 7)))
+@pytest.mark.parametrize("size", [30, 1e4])
+def test_gram_of_large_features(backend: str, size: float) -> None:
+    # logits of 10^4 or 10^9, and rows that are one-hot: their maxima, not the sums, decide. 10^4 rounds by 10^4 * 6e-8;
+    # 10^9 by 60, an exponent that must not appear in a probability
+    student, teacher = (size * x.float() for x in sample((2, 8, 6, 7)))
     settings = {"relation": "gram", "divergence": "kl", "temperature": 0.1}
     value, gradient = value_and_gradient(lambda x: pixel_relation(x, teacher, **settings), student)
     with medkd_fast.use_backend("reference"):
@@ -318,6 +320,16 @@ def test_gram_of_large_features(backend: str) -> None:
     assert want > 100
     assert_close(value, want, 1e-4)
     assert_close(gradient, want_gradient, 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_far_below_those_of_columns_that_do_not_count(backend: str, dtype: torch.dtype) -> None:
+    # pixels of two images are opposed, so their logits are -1000; a column behind the last pixel has a 0
+    student = torch.tensor([1.0, -1.0], dtype=dtype).reshape(2, 1, 1, 1).expand(2, 3, 2, 2)
+    settings = {"divergence": "kl", "temperature": 1e-3, "across_images": True}
+    value, gradient = value_and_gradient(lambda x: pixel_relation(x, student.flip(2), **settings), student)
+    assert abs(value) < 1e-6
+    assert gradient.abs().max() < 1e-2  # 1e-3 of the temperature, and rounding
 
 
 @pytest.mark.parametrize("relation", RELATIONS)

@@ -1,3 +1,4 @@
+#include "../math/class_pearson.h"
 #include "pixel_loss_driver.h"
 
 namespace medkd {
@@ -55,6 +56,34 @@ static Tensor class_pearson(
   return sums;
 }
 
+static std::tuple<Tensor, Tensor, Tensor, Tensor> class_pearson_terms(
+    const Tensor& sums,  // [2 + 5C], double, contiguous
+    double inter_weight, double intra_weight, double temperature, bool single) {
+  const int64_t classes = (sums.numel() - 2) / 5;
+  const double* in = static_cast<const double*>(sums.data_ptr());
+  const double exists = in[0] > 0 ? 1.0 : 0.0, number = std::max(in[0], 1.0), square = temperature * temperature;
+  Tensor coefficients = new_like(sums, {1 + 4 * classes}, ScalarType::Double);
+  double* out = static_cast<double*>(coefficients.data_ptr());
+  out[0] = -square * inter_weight * exists / number;
+  double correlations = 0;
+  for (int64_t c = 0; c < classes; ++c) {
+    const double* of = in + 2 + c;
+    const portable::ClassTerms k = portable::class_terms(number, of[0], of[classes], of[2 * classes], of[3 * classes],
+                                                         of[4 * classes]);
+    const double share = -square * intra_weight / static_cast<double>(classes);
+    correlations += k.correlation;
+    out[1 + c] = share * k.of_t;
+    out[1 + classes + c] = share * k.of_s;
+    out[1 + 2 * classes + c] = k.mean_s;
+    out[1 + 3 * classes + c] = k.mean_t;
+  }
+  const double inter = exists - in[1] / number, intra = exists - correlations / static_cast<double>(classes);
+  auto term = [&](double value) {
+    return single ? scalar<float>(sums, value, ScalarType::Float) : scalar<double>(sums, value, ScalarType::Double);
+  };
+  return {term(square * (inter_weight * inter + intra_weight * intra)), term(inter), term(intra), coefficients};
+}
+
 template <typename A>
 static void gradient_of(const PearsonCall& call, const Tensor& coefficients, const Tensor& upstream) {
   const A factor = *static_cast<const A*>(upstream.data_ptr());
@@ -67,7 +96,7 @@ static Tensor class_pearson_backward(
     const Tensor& student,                // [B, C, *S]
     const Tensor& teacher,                // [B, C, *S]
     const std::optional<Tensor>& target,  // [B, *S], contiguous
-    const Tensor& coefficients,           // [1 + 4C], double, contiguous
+    const Tensor& coefficients,           // [1 + 4C], double, contiguous, as class_pearson_terms gives them
     const Tensor& upstream,               // [], in the type of the arithmetic
     double temperature, int64_t ignore_index) {
   PearsonCall call(student, teacher, target, temperature, ignore_index);
@@ -84,5 +113,6 @@ static Tensor class_pearson_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(medkd_fast, CPU, m) {
   m.impl("class_pearson_cpp", TORCH_BOX(&medkd::class_pearson));
+  m.impl("class_pearson_terms_cpp", TORCH_BOX(&medkd::class_pearson_terms));
   m.impl("class_pearson_backward_cpp", TORCH_BOX(&medkd::class_pearson_backward));
 }

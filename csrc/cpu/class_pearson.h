@@ -104,7 +104,7 @@ inline void pearson_sums(const PixelLoss& loss, const PixelRange& range, double*
   }
 }
 
-// coefficients [1 + 4C]: see Terms in the reference.
+// coefficients [1 + 4C]: that of a pixel's correlation, and by class of_t, of_s and the means.
 template <typename A>
 inline void pearson_gradient(const PixelLoss& loss, const PixelRange& range, const double* coefficients, A factor) {
   const int64_t classes = loss.classes, size = tile_pixels(classes, sizeof(A));

@@ -144,15 +144,15 @@ inline void product(const A* m, int64_t rows, int64_t depth, const A* x, int64_t
     }
 }
 
-// out[i, p] = or += sum over k of m[i, k] x[k, p] over pixel_multiple pixels, which is also how long the rows of x, of
-// out and of m in memory are.
+// out[i, p] = factor * sum over k of m[i, k] x[k, p], or that without a factor added, over pixel_multiple pixels, which is
+// also how long the rows of x, of out and of m in memory are.
 template <bool transposed, bool add, typename A>
-inline void tile_product(const A* m, int64_t rows, int64_t depth, const A* x, A* out) {
+inline void tile_product(const A* m, int64_t rows, int64_t depth, const A* x, A* out, A factor = A(1)) {
   constexpr int64_t ld = pixel_multiple;
   for (int64_t p = 0; p < ld; p += product_vectors * vector_lanes<A>)
     for (int64_t i = 0; i < rows; i += product_rows) {
       const int64_t some_rows = rows - i < product_rows ? rows - i : product_rows;
-      product_edge<product_rows, transposed, add>(some_rows, m + (transposed ? i : i * ld), ld, depth, x + p, ld, A(1),
+      product_edge<product_rows, transposed, add>(some_rows, m + (transposed ? i : i * ld), ld, depth, x + p, ld, factor,
                                                   out + i * ld + p, ld);
     }
 }

@@ -71,10 +71,10 @@ inline void transpose_tile(const A* in, A* out) {
     }
 }
 
-// Relations of two panels, not yet divided by the temperature.
+// Relations of two panels times `factor`.
 template <typename A>
-inline void relation_tile(const A* panels, int64_t channels, int64_t i, int64_t j, A* out) {
-  tile_product<true, false>(panels + i * channels * tile, tile, channels, panels + j * channels * tile, out);
+inline void relation_tile(const A* panels, int64_t channels, int64_t i, int64_t j, A factor, A* out) {
+  tile_product<true, false>(panels + i * channels * tile, tile, channels, panels + j * channels * tile, out, factor);
 }
 
 // Sums with `scale` as every maximum: an entry's exponentials serve its row and its column. Rows are added up in lanes, to
@@ -134,8 +134,8 @@ inline void bounded_sums(const PixelPairs<A>& pairs, const PanelPair& range, con
   for (int64_t i = range.first_i; i < range.last_i; ++i) {
     for (int64_t r = 0; r < 3 * tile; ++r) rows[r] = Vector<A>{};
     for (int64_t j = range.first_i == range.first_j ? i : range.first_j; j < range.last_j; ++j) {
-      relation_tile(pairs.student, pairs.student_channels, i, j, s);
-      relation_tile(pairs.teacher, pairs.teacher_channels, i, j, t);
+      relation_tile(pairs.student, pairs.student_channels, i, j, A(1), s);
+      relation_tile(pairs.teacher, pairs.teacher_channels, i, j, A(1), t);
       add_bounded(s, t, pairs.scale, pairs.valid + i * tile, pairs.valid + j * tile, rows, columns);
       if (i == j) continue;
       const int64_t at = (j - range.first_j) * tile;
@@ -175,16 +175,17 @@ MEDKD_INLINE double raise_maximum(double& maximum, double largest_now, double& s
   return factor;
 }
 
-// The rows' sums with a running maximum each.
+// The rows' sums with a running maximum each, from logits. These were rounded to memory, as in the backward: were they
+// products in these loops, a fused multiply-subtract would see a large one above its own maximum.
 template <typename A>
-inline void add_running(const A* s, const A* t, A scale, const A* valid_j, const RowSums& rows, int64_t at) {
+inline void add_running(const A* s, const A* t, const A* valid_j, const RowSums& rows, int64_t at) {
   alignas(64) A x_s[tile], x_t[tile], weighted[tile];
   for (int64_t r = 0; r < tile; ++r) {
     const A* __restrict s_row = s + r * tile;
     const A* __restrict t_row = t + r * tile;
     for (int64_t p = 0; p < tile; ++p) {
-      x_s[p] = valid_j[p] != A(0) ? scale * s_row[p] : -infinity<A>();
-      x_t[p] = valid_j[p] != A(0) ? scale * t_row[p] : -infinity<A>();
+      x_s[p] = valid_j[p] != A(0) ? s_row[p] : -infinity<A>();
+      x_t[p] = valid_j[p] != A(0) ? t_row[p] : -infinity<A>();
     }
     const A most_s = largest(x_s), most_t = largest(x_t);
     if (most_s == -infinity<A>()) continue;  // no column counts
@@ -194,7 +195,7 @@ inline void add_running(const A* s, const A* t, A scale, const A* valid_j, const
     for (int64_t p = 0; p < tile; ++p) {
       x_s[p] = exp_nonpositive(x_s[p] - max_s);
       x_t[p] = exp_nonpositive(x_t[p] - max_t);
-      weighted[p] = x_t[p] * (scale * t_row[p] - scale * s_row[p]);
+      weighted[p] = x_t[p] * (t_row[p] - s_row[p]);
     }
     rows.sum_s[at + r] += sum_row(x_s, tile);
     rows.sum_t[at + r] += sum_row(x_t, tile);
@@ -212,13 +213,13 @@ inline void running_sums(const PixelPairs<A>& pairs, const PanelPair& range, con
   A* t_turned = s_turned + tile_size;
   for (int64_t i = range.first_i; i < range.last_i; ++i)
     for (int64_t j = range.first_i == range.first_j ? i : range.first_j; j < range.last_j; ++j) {
-      relation_tile(pairs.student, pairs.student_channels, i, j, s);
-      relation_tile(pairs.teacher, pairs.teacher_channels, i, j, t);
-      add_running(s, t, pairs.scale, pairs.valid + j * tile, rows_i, (i - range.first_i) * tile);
+      relation_tile(pairs.student, pairs.student_channels, i, j, pairs.scale, s);
+      relation_tile(pairs.teacher, pairs.teacher_channels, i, j, pairs.scale, t);
+      add_running(s, t, pairs.valid + j * tile, rows_i, (i - range.first_i) * tile);
       if (i == j) continue;
       transpose_tile(s, s_turned);
       transpose_tile(t, t_turned);
-      add_running(s_turned, t_turned, pairs.scale, pairs.valid + i * tile, rows_j, (j - range.first_j) * tile);
+      add_running(s_turned, t_turned, pairs.valid + i * tile, rows_j, (j - range.first_j) * tile);
     }
 }
 
@@ -238,8 +239,15 @@ MEDKD_INLINE A difference_of_products(A a, A b, A c, A d) {
   return (a - c) * (less ? b : d) + (less ? c : a) * (b - d);
 }
 
-// s[i, j] becomes the gradient of the loss for <s_i, s_j> taken as row i's and as row j's entry together. Pixels that do
-// not count have anything here: they are multiplied with zeros, and what comes out for them is not used.
+// Relative to a row's maximum. The 0 of a column that does not count may lie far above it.
+template <typename A>
+MEDKD_INLINE A exp_below(A x, A maximum) {
+  return exp_nonpositive(x < maximum ? x - maximum : A(0));
+}
+
+// From relations, or logits if the pairs are not bounded: s[i, j] becomes the gradient of the loss for <s_i, s_j> taken as
+// row i's and as row j's entry together. Pixels that do not count have any number here: they are multiplied with zeros, and
+// what comes out for them is not used.
 template <typename A>
 inline void difference_tile(const PixelPairs<A>& pairs, const RowFactors<A>& rows_i, int64_t at_i,
                             const RowFactors<A>& rows_j, int64_t at_j, A* s, const A* t) {
@@ -263,10 +271,10 @@ inline void difference_tile(const PixelPairs<A>& pairs, const RowFactors<A>& row
       const A* __restrict max_column_s = rows_j.max_s + at_j;
       const A* __restrict max_column_t = rows_j.max_t + at_j;
       for (int64_t p = 0; p < tile; ++p) {
-        const A x_s = scale * s_row[p], x_t = scale * t_row[p];
-        s_row[p] = difference_of_products(exp_nonpositive(x_s - max_s), row_s, exp_nonpositive(x_t - max_t), row_t) +
-                   difference_of_products(exp_nonpositive(x_s - max_column_s[p]), column_s[p],
-                                          exp_nonpositive(x_t - max_column_t[p]), column_t[p]);
+        const A x_s = s_row[p], x_t = t_row[p];
+        s_row[p] = difference_of_products(exp_below(x_s, max_s), row_s, exp_below(x_t, max_t), row_t) +
+                   difference_of_products(exp_below(x_s, max_column_s[p]), column_s[p],
+                                          exp_below(x_t, max_column_t[p]), column_t[p]);
       }
     }
   }
@@ -276,13 +284,14 @@ template <typename A>
 inline void pair_gradient(const PixelPairs<A>& pairs, const PanelPair& range, const RowFactors<A>& rows_i,
                           const RowFactors<A>& rows_j, A* gradient) {
   const int64_t channels = pairs.student_channels, panel = channels * tile;
+  const A factor = pairs.bounded ? A(1) : pairs.scale;
   const Scratch<A> scratch(2 * tile_size);
   A* s = scratch.get();
   A* t = s + tile_size;
   for (int64_t i = range.first_i; i < range.last_i; ++i)
     for (int64_t j = range.first_i == range.first_j ? i : range.first_j; j < range.last_j; ++j) {
-      relation_tile(pairs.student, channels, i, j, s);
-      relation_tile(pairs.teacher, pairs.teacher_channels, i, j, t);
+      relation_tile(pairs.student, channels, i, j, factor, s);
+      relation_tile(pairs.teacher, pairs.teacher_channels, i, j, factor, t);
       difference_tile(pairs, rows_i, (i - range.first_i) * tile, rows_j, (j - range.first_j) * tile, s, t);
       tile_product<false, true>(pairs.student + i * panel, channels, tile, s, gradient + j * panel);
       if (i == j) continue;
@@ -314,7 +323,7 @@ inline void pair_relations(const A* rows, int64_t channels, int64_t pixels, cons
   A* turned = x + tile_size;
   for (int64_t i = range.first_i; i < range.last_i; ++i)
     for (int64_t j = range.first_i == range.first_j ? i : range.first_j; j < range.last_j; ++j) {
-      relation_tile(rows, channels, i, j, x);
+      relation_tile(rows, channels, i, j, A(1), x);
       put_tile(x, pixels, i * tile, j * tile, out);
       if (i == j) continue;
       transpose_tile(x, turned);

@@ -10,7 +10,6 @@ from medkd_fast.backend import choose, kernel, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.decoupled_kl import check_classes
 from medkd_fast.reference.class_pearson import class_pearson as reference
-from medkd_fast.reference.class_pearson import terms_of
 from medkd_fast.reference.common import arithmetic
 
 
@@ -99,11 +98,10 @@ class ClassPearsonLoss(torch.autograd.Function):
         if process_group is not None:
             torch.distributed.all_reduce(sums, group=process_group)
             ctx.processes = torch.distributed.get_world_size(process_group)
-        terms = terms_of(sums, *weights, settings[0])
-        ctx.save_for_backward(student, teacher, target, terms.coefficients)
+        single = arithmetic(student, teacher) == torch.float32
+        loss, inter, intra, coefficients = kernel("class_pearson_terms", backend)(sums, *weights, settings[0], single)
+        ctx.save_for_backward(student, teacher, target, coefficients)
         ctx.backend, ctx.settings = backend, settings
-        dtype = arithmetic(student, teacher)
-        loss, inter, intra = (x.to(dtype) for x in terms[:3])
         ctx.mark_non_differentiable(inter, intra)
         return loss, inter, intra
 
@@ -121,6 +119,14 @@ def _fake(
     student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None, temperature: float, ignore_index: int
 ) -> torch.Tensor:
     return student.new_empty(2 + 5 * student.shape[1], dtype=torch.float64)
+
+
+@shapes_of("class_pearson_terms")
+def _fake_terms(
+    sums: torch.Tensor, inter_weight: float, intra_weight: float, temperature: float, single: bool
+) -> tuple[torch.Tensor, ...]:
+    terms = [sums.new_empty((), dtype=torch.float32 if single else torch.float64) for _ in range(3)]
+    return (*terms, sums.new_empty(1 + (sums.shape[0] - 2) // 5 * 4))
 
 
 @shapes_of("class_pearson_backward")

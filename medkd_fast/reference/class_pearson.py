@@ -19,7 +19,7 @@ where the part along a vector of length 0 is 0.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -51,37 +51,13 @@ def class_pearson(
         import torch.distributed.nn.functional as collective
 
         sums = collective.all_reduce(sums, group=process_group)
-    terms = terms_of(sums, inter_weight, intra_weight, temperature)
-    return terms.loss.to(s.dtype), terms.inter.to(s.dtype), terms.intra.to(s.dtype)
-
-
-class Terms(NamedTuple):
-    """In float64. `coefficients` [1 + 4C]: g = first · ∂r/∂q^s + a (q^t − mean^t) + b (q^s − mean^s); a, b and the means by class."""
-
-    loss: torch.Tensor
-    inter: torch.Tensor
-    intra: torch.Tensor
-    coefficients: torch.Tensor
-
-
-def terms_of(sums: torch.Tensor, inter_weight: float, intra_weight: float, temperature: float) -> Terms:
-    """From the sums [2 + 5C] over all pixels."""
-    number, within, moments = sums[:1], sums[1:2], sums[2:].unflatten(0, (5, -1))
-    exists = (number > 0).to(sums.dtype)
-    number = number.clamp(min=1)
-    mean_s, mean_t = moments[:2] / number
-    norm_s, norm_t = (_root(moments[2 + k] - number * mean.square()) for k, mean in enumerate((mean_s, mean_t)))
-    covariance = moments[4] - number * mean_s * mean_t
-    product = norm_s * norm_t + SMALLEST
-    inter = exists - within / number
-    intra = exists - (covariance / product).mean()
+    number, exists = sums[0].clamp(min=1), (sums[0] > 0).double()
+    sum_s, sum_t, sum_ss, sum_tt, sum_st = sums[2:].unflatten(0, (5, -1))
+    norm_s, norm_t = (_root(squares - x.square() / number) for squares, x in ((sum_ss, sum_s), (sum_tt, sum_t)))
+    across = (sum_st - sum_s * sum_t / number) / (norm_s * norm_t + SMALLEST)
+    inter, intra = exists - sums[1] / number, exists - across.mean()
     loss = temperature**2 * (inter_weight * inter + intra_weight * intra)
-
-    each = -(temperature**2) * intra_weight / mean_s.numel()
-    along = torch.where(norm_s > 0, covariance * norm_t / (norm_s.clamp(min=1e-300) * product.square()), 0)
-    first = -(temperature**2) * inter_weight * exists / number
-    coefficients = torch.cat([first, each / product, -each * along, mean_s, mean_t]).detach()
-    return Terms(loss.squeeze(0), inter.squeeze(0), intra.squeeze(0), coefficients)
+    return loss.to(s.dtype), inter.to(s.dtype), intra.to(s.dtype)
 
 
 def _root(square: torch.Tensor) -> torch.Tensor:

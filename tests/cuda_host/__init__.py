@@ -38,8 +38,13 @@ def build(sources: list[Path], name: str) -> Path:
 
 
 @cache
-def load() -> None:
-    """Registers the emulated operators and their fake kernels."""
-    torch.ops.load_library(str(build([*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/schema.cpp"], "cuda")))
+def load() -> str:
+    """Registers the emulated operators and their fake kernels. Returns what does not compile, or an empty string."""
+    try:
+        library = build([*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/schema.cpp"], "cuda")
+    except setup_script().BuildError as error:
+        return str(error)
+    torch.ops.load_library(str(library))
     for operator, fake in backend._fakes.items():
         torch.library.register_fake(f"medkd_fast::{operator}_cuda", fake)
+    return ""
