@@ -83,7 +83,7 @@ def tile_of(classes: int, planes: bool, double: bool) -> Tile:
         rows = power_of_2(-(-classes // 8))
         return Tile(-(-classes // rows), rows, max(512 // rows, 8) * (1 if double else 2), 4 if rows <= 64 else 8)
     rows = min(power_of_2(classes), 1024)
-    return Tile(-(-classes // rows), rows, max((2048 if double else 4096) // rows, 1), 4)
+    return Tile(-(-classes // rows), rows, max((512 if double else 1024) // rows, 1), 4)
 
 
 def equal_size(call: Call) -> tuple[Tensor, ...]:
