@@ -26,8 +26,6 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "channel_relation": {"cpu": ("cpp",)},
     "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton",)},
     "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "spatial_kl": {"cpu": ("cpp",)},
-    "class_pearson": {"cpu": ("cpp",)},
     "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton",)},
     "class_pearson": {"cpu": ("cpp",), "cuda": ("triton",)},
 }
