@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz sanitize cuda-report lint bench numerics gpu-check clean
+.PHONY: demo test fuzz sanitize cuda-report lint bench numerics losses-page gpu-check clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     microbenchmarks'
 	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
+	@echo 'make losses-page  write docs/losses.md from the docstrings of the losses'
 	@echo 'make gpu-check  build, test and measure on a GPU, with the Python that PYTHON names (STEPS="build bench": some of it)'
 	@echo 'make clean     remove what the others made'
 
@@ -69,6 +70,9 @@ bench: .venv/test-$(KEY)
 
 numerics: .venv/test-$(KEY)
 	$(BIN)/python tests/numerics.py
+
+losses-page: .venv/test-$(KEY)
+	$(BIN)/python docs/losses.py
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(STEPS)

@@ -46,6 +46,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     rows = [b.extra_info for b in measured.benchmarks if b.extra_info] if measured else []
     if not rows or LIMITS not in session.config.stash:
         return
+    for group in sorted({row["group"] for row in rows}):
+        _write(session, group, [row for row in rows if row["group"] == group])
+
+
+def _write(session: pytest.Session, group: str, rows: list[dict[str, Any]]) -> None:
     from report import plot, table
 
     result: dict[str, Any] = {
@@ -64,7 +69,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{machine.name()}.json"
+    path = RESULTS / f"{machine.name()}{f'-{group}' if group else ''}.json"
     if len(rows) < 2:  # a single selected benchmark does not replace a whole table
         return
     for target, text in ((path, json.dumps(result, indent=1)), (path.with_suffix(".md"), table(result))):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import machine
 import torch
+from loss_works import LOSS_WORKS
 from works import WORKS
 
 
@@ -54,7 +55,7 @@ def peak_bytes(student: torch.Tensor, function: Callable[[], torch.Tensor]) -> i
 
 
 def every_peak(key: str) -> dict[str, int]:
-    work = WORKS[key]()
+    work = {**WORKS, **LOSS_WORKS}[key]()
     peaks = {"fused": peak_bytes(work.student, work.fused)}
     for kind, (baseline, args) in work.variants.items():
         try:

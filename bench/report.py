@@ -14,6 +14,7 @@ def table(result: dict[str, Any]) -> str:
     limits = result["limits"]
     units = "" if result["device"] == "gpu" else f"{result['instruction_set']}, "
     rates = ", ".join(f"{name} {rate / 1e9:.4g} {'GB/s' if name == 'copy' else 'G/s'}" for name, rate in limits.items())
+    variants = [name for name in VARIANTS if any(name in row["ratio"] for row in result["rows"])]
     ours = [name for name in OURS if any(name in row["ratio"] for row in result["rows"])]
     lines = [
         (
@@ -29,14 +30,14 @@ def table(result: dict[str, Any]) -> str:
         ),
         "",
         "| work | fused, ms | "
-        + " | ".join(f"vs {name}" for name in (*VARIANTS, *ours))
+        + " | ".join(f"vs {name}" for name in (*variants, *ours))
         + " | peak, MB (student) | published, MB "
         "| of the limit |",
-        "|---|---|" + "---|" * len((*VARIANTS, *ours)) + "---|---|---|",
+        "|---|---|" + "---|" * len((*variants, *ours)) + "---|---|---|",
     ]
     for row in result["rows"]:
         own = row["milliseconds"]["fused"]
-        ratios = [f"{row['ratio'][name]['p50']:.1f}x" if name in row["ratio"] else "does not fit" for name in VARIANTS]
+        ratios = [f"{row['ratio'][name]['p50']:.1f}x" if name in row["ratio"] else "does not fit" for name in variants]
         ratios += [f"{row['ratio'][name]['p50']:.2f}x" if name in row["ratio"] else "" for name in ours]
         published = row["peak_bytes"].get("published eager")
         lines.append(

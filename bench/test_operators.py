@@ -35,7 +35,7 @@ def forced(name: str, function: Call) -> Call:
 def calls_of(work: Work) -> dict[str, tuple[torch.Tensor, Call]]:
     """Of every variant, the student and the call on one set of inputs."""
     calls = {"fused": (work.student, work.fused)}
-    for name in backend.OPERATORS[work.operator].get("cuda", ()) if machine.GPU else ():
+    for name in backend.OPERATORS.get(work.operator, {}).get("cuda", ()) if machine.GPU else ():
         if not backend.UNAVAILABLE[name]:
             calls[f"fused {name}"] = work.student, forced(name, work.fused)
     if work.ordinary:
@@ -55,10 +55,15 @@ def quantiles(times: list[float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("key", WORKS)
 def test_operator(key: str, benchmark, limits: dict[str, float]) -> None:
+    compare(key, WORKS[key], benchmark, limits)
+
+
+def compare(key: str, make: Callable[[], Work], benchmark, limits: dict[str, float]) -> None:
+    """Measures the work that `make` makes; `key` is its name for memory.py."""
     torch._dynamo.reset()
-    work = WORKS[key]()
+    work = make()
     copies = 1 + int(machine.BEYOND_CACHE // work.input_bytes)
-    calls = [calls_of(one) for one in (work, *(WORKS[key]() for _ in range(copies - 1)))]
+    calls = [calls_of(one) for one in (work, *(make() for _ in range(copies - 1)))]
     run: dict[str, Callable[[], float]] = {}
     for name in calls[0]:
         steps = [partial(step, *every[name]) for every in calls]
@@ -96,5 +101,6 @@ def test_operator(key: str, benchmark, limits: dict[str, float]) -> None:
         limit_milliseconds=bound[binding] * 1e3,
         limit_binds=binding,
         limit_share=bound[binding] / statistics.median(times["fused"]),
-        backend=backend.choose(work.operator, work.student.device.type),
+        backend=backend.choose(work.operator, work.student.device.type) if work.operator else "",
+        group=work.group,
     )

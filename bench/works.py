@@ -34,6 +34,7 @@ class Work:
     rounds: int = 21
     input_bytes: int = 0
     ordinary: Work | None = None  # the same in fp32 and contiguous, where this is not
+    group: str = ""  # the table that it stands in: of the operators, or of the losses
 
     @property
     def student_bytes(self) -> int:

@@ -1,8 +1,7 @@
 """Every test sees torch.empty filled with NaN, so an output that nobody wrote shows, and starts from the same seed.
 
 Without a GPU Triton's kernels run on CPU tensors in Triton's interpreter: one program after another, so a race between
-programs does not show, and stores to bfloat16 are truncated instead of rounded. The CUDA kernels run on CPU tensors too,
-compiled for the host (cuda_host).
+programs does not show. The CUDA kernels run on CPU tensors too, compiled for the host (cuda_host).
 """
 
 from __future__ import annotations
@@ -20,6 +19,11 @@ if not torch.cuda.is_available():
 import cuda_host
 
 from medkd_fast import backend as backends
+
+if backends.INTERPRETED and not backends.UNAVAILABLE["triton"]:
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["cpp", "cuda", "triton"])
 def fused(request: pytest.FixtureRequest) -> Iterator[str]:
     """For what only fused backends do."""
+    yield from forced(request.param)
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def composed(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For what is composed of operators, which run over every backend in tests of their own."""
     yield from forced(request.param)
 
 

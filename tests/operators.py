@@ -10,15 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from medkd_fast.backend import INTERPRETED
-
 #: Relative rounding of one stored number, for tolerances that come from an output's type.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-
-
-def rounding(dtype: torch.dtype, backend: str) -> float:
-    """ROUNDING of a backend's stores. Triton's interpreter cuts bfloat16 off instead of rounding it."""
-    return ROUNDING[dtype] * (2 if backend == "triton" and INTERPRETED and dtype == torch.bfloat16 else 1)
 
 
 class Comparison(NamedTuple):

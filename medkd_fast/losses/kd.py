@@ -1,22 +1,28 @@
-"""Knowledge distillation: Hinton, Vinyals and Dean, 2015, at every pixel."""
+"""Distilling the Knowledge in a Neural Network: Hinton, Vinyals and Dean, NIPS workshop 2014 (arXiv 2015)."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from medkd_fast import functional
+from medkd_fast.losses import common
 
 
-class KDLoss(nn.Module):
-    """KL(softmax(teacher / T) ‖ softmax(student / T)) times T², mean over valid pixels.
+class KDLoss(common.DistillationLoss):
+    """KL(softmax(teacher / T) ‖ softmax(student / T)) over the classes of a pixel, times T², mean over valid pixels.
 
-    Published codes divide by other things: `torch.nn.KLDivLoss("mean")` on [B, C, *S] is this / (C·T²), `"batchmean"` is
-    this times pixels / T², Fast-nnUNet's term is this / C.
+    Other codes: `torch.nn.KLDivLoss("mean")` on [B, C, *S] is this / (C·T²), `"batchmean"` is this times pixels / T²,
+    Fast-nnUNet's term is this / C.
+
+    Weight: 1 in CIRKD's tables, 10 in the codes of SKD and IFVD, all with T = 1.
+
+    Cost: one pass over student and teacher gives value and gradient; memory: the gradient.
 
     Args:
         temperature: divides both logits.
         ignore_index: pixels with this label do not count.
+        activation: "sigmoid" for binary and multi-label heads: the KL divergence between Bernoulli distributions at every
+            pixel and channel, mean over both; logits go in as two classes [0, x], which takes twice the memory.
 
     >>> import torch
     >>> loss = KDLoss(temperature=1.0)
@@ -25,19 +31,20 @@ class KDLoss(nn.Module):
     0.1109
     """
 
-    def __init__(self, temperature: float = 4.0, ignore_index: int = -100) -> None:
+    def __init__(self, temperature: float = 4.0, ignore_index: int = -100, activation: str = "softmax") -> None:
         super().__init__()
+        common.check_activation(activation)
         self.temperature = temperature
         self.ignore_index = ignore_index
-        self.parts: dict[str, torch.Tensor] = {}
+        self.activation = activation
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-        """student, teacher: logits [B, C, *S]; target: labels [B, *S] or [B, 1, *S]."""
+        """student, teacher: logits [B, C, *S]; target: labels [B, *S] or [B, 1, *S], for "sigmoid" also [B, C, *S]."""
+        if self.activation == "sigmoid":
+            target = None if target is None else common.labels_of_heads(target, teacher)
+            student, teacher = common.as_two_classes(student), common.as_two_classes(teacher)
         loss = functional.class_kl(
             student, teacher, temperature=self.temperature, target=target, ignore_index=self.ignore_index
         )
         self.parts = {"kl": loss.detach()}
         return loss
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, ignore_index={self.ignore_index}"

@@ -1,0 +1,82 @@
+"""The losses that are measured: each module and its published form on logits [B, 9, H, W] or features [B, 64, h, w]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import machine
+import published_losses as published
+import torch
+from works import Call, Work
+
+from medkd_fast import losses
+
+CLASSES = 9
+LOGITS, FEATURES = (4, CLASSES, 224, 224), (2, 64, 64, 64)
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(shape: tuple[int, ...]) -> Inputs:
+    """Student, teacher, and labels as coherent as organs are: nine bands of rows."""
+    device = "cuda" if machine.GPU else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+    rows = torch.arange(shape[2], device=device) * CLASSES // shape[2]
+    target = rows.view(1, -1, 1).expand(shape[0], *shape[2:]).contiguous()
+    return student.requires_grad_(), teacher, target
+
+
+def calls(name: str, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> tuple[Call, Callable, Any]:
+    """Of a loss, the module's call, its published form and that one's arguments, with the module's default settings."""
+    both, extra, settings = (student, teacher), {}, {}
+    labels, others = target, both
+    if name in ("dkd", "boundary_kd"):
+        others = (*both, target)
+    elif name == "ifvd":
+        settings, others = {"num_classes": CLASSES}, (*both, target, CLASSES)
+    elif name == "sdd":
+        labels = target[:, 0, 0] + torch.arange(len(target), device=target.device) % CLASSES
+        others = (*both, labels)
+    elif name == "dmd":
+        feature = torch.nn.functional.avg_pool2d(teacher, 4)
+        settings, extra = (
+            {"num_classes": teacher.shape[1], "feature_channels": [feature.shape[1]]},
+            {"features": [feature]},
+        )
+    elif name == "dsd":
+        layers = [[x, x[:, :16], x[:, 16:]] for x in both]
+        extra = {"student_features": layers[0], "teacher_features": layers[1]}
+        both = (student[:, :CLASSES], teacher[:, :CLASSES])
+        others = (*both, *layers)
+    elif name == "emkd":
+        settings, extra = {"num_classes": CLASSES}, {"student_features": [student], "teacher_features": [teacher]}
+        both = (student[:, :CLASSES], teacher[:, :CLASSES])
+        others = (*both, target, student, teacher)
+    torch.manual_seed(0)
+    loss = losses.build(name, **settings).to(student)
+    if name == "dmd":
+        (project,) = loss.projectors
+        others = (*both, target, feature, project.weight.detach().flatten(1), project.bias.detach())
+    needs_labels = name in ("dkd", "boundary_kd", "ifvd", "sdd", "dmd", "emkd")
+    return partial(loss, *both, labels if needs_labels else None, **extra), getattr(published, name), others
+
+
+def work(name: str, shape: tuple[int, ...]) -> Work:
+    student, teacher, target = inputs(shape)
+    module, function, args = calls(name, student, teacher, target)
+    title = f"{name} {list(shape)}".replace(", ", ",")
+    made = Work("", title, student, module, {"published": (function, args)}, group="losses")
+    made.bytes = 3 * made.student_bytes  # both read, the gradient written
+    made.input_bytes = 2 * made.student_bytes
+    return made
+
+
+ON_LOGITS = ("dmd", "kd", "cwd", "dkd", "dist", "sdd", "boundary_kd")
+ON_FEATURES = ("cpkd", "emkd", "dsd", "fitnet", "at", "skd", "sp", "ifvd", "ickd", "cirkd", "pkd")
+LOSS_WORKS: dict[str, Callable[[], Work]] = {
+    **{f"{name}_loss": partial(work, name, LOGITS) for name in ON_LOGITS},
+    **{f"{name}_loss": partial(work, name, FEATURES) for name in ON_FEATURES},
+}

@@ -1,0 +1,12 @@
+"""Forward and backward of every loss against its published form, as test_operators.py does it for operators."""
+
+from __future__ import annotations
+
+import pytest
+from loss_works import LOSS_WORKS
+from test_operators import compare
+
+
+@pytest.mark.parametrize("key", LOSS_WORKS)
+def test_loss(key: str, benchmark, limits: dict[str, float]) -> None:
+    compare(key, LOSS_WORKS[key], benchmark, limits)

@@ -1,0 +1,206 @@
+"""What the losses share: maps of one size, the pixels that count, adapters, pooling, binary heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from medkd_fast.ops.common import labels
+
+Pool = Callable[..., torch.Tensor]
+ADAPTIVE_POOL: dict[int, Pool] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+AVERAGE_POOL: dict[int, Pool] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+MAX_POOL: dict[int, Pool] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+class DistillationLoss(nn.Module):
+    """A module called as `loss(student, teacher, target)`. `parts` holds the last call's parts, detached and unweighted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def extra_repr(self) -> str:
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items() if name not in ("training", "parts"))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the type of the arithmetic: float32, or float64 as it came."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_dims(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    if student.dim() != teacher.dim() or student.shape[0] != teacher.shape[0] or not 3 <= student.dim() <= 5:
+        raise ValueError(
+            f"student and teacher: got shapes {tuple(student.shape)} and {tuple(teacher.shape)}, "
+            "want [B, C, *S] with the same B and the same one, two or three spatial dimensions"
+        )
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher requires grad, and the loss gives it none; pass teacher.detach(), or run it under no_grad"
+        )
+
+
+def to_size(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """`x` at `size`: averaged along axes where it is larger, linear in between along axes where it is smaller."""
+    dims, size = x.dim() - 2, tuple(size)
+    smaller = tuple(min(a, b) for a, b in zip(x.shape[2:], size, strict=True))
+    if x.shape[2:] != smaller:
+        x = ADAPTIVE_POOL[dims](wide(x), smaller)
+    if smaller != size:
+        x = F.interpolate(wide(x), size=size, mode=LINEAR[dims], align_corners=False)
+    return x
+
+
+def to_teacher_size(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The student at the teacher's size. For losses on logits, whose small structures averaging would take away."""
+    check_dims(student, teacher)
+    return to_size(student, teacher.shape[2:])
+
+
+def to_common_size(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both maps average-pooled to the smaller size along every axis; a map of that size is returned as it is."""
+    check_dims(student, teacher)
+    size = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    return to_size(student, size), to_size(teacher, size)
+
+
+def resized_labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Labels [B, *S] or [B, 1, *S] at the spatial size of `like`, by the nearest pixel (the lower index of two)."""
+    if target.dim() == like.dim() and target.shape[1] == 1:
+        target = target.squeeze(1)
+    if target.dim() != like.dim() - 1:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, want [B, *S] or [B, 1, *S] with {like.dim() - 2} spatial dimensions"
+        )
+    for axis, size in enumerate(like.shape[2:], start=1):
+        have = target.shape[axis]
+        if have != size:
+            nearest = torch.arange(size, device=target.device) * have // size
+            target = target.index_select(axis, nearest)
+    return labels(target, like)
+
+
+def counted(target: torch.Tensor | None, like: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
+    """Which pixels [B, *S] of a map count: all (None) without a target, else those with another label than ignore_index."""
+    return None if target is None else resized_labels(target, like) != ignore_index
+
+
+def mean_over(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of `value` [B, *S] over the pixels that count; without any, 0 with gradient 0."""
+    if mask is None:
+        return value.mean()
+    return torch.where(mask, value, 0).sum() / mask.sum().clamp(min=1)
+
+
+def pooled(
+    x: torch.Tensor, factor: int | None, mask: torch.Tensor | None, how: dict[int, Pool]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`x` pooled by `factor` over the pixels that count (a rest at the border over what is there), and where any counted."""
+    if factor is None or factor == 1:
+        return x, mask
+    pool, window = how[x.dim() - 2], tuple(min(factor, size) for size in x.shape[2:])
+    average = how is AVERAGE_POOL
+    settings = {"ceil_mode": True, "count_include_pad": False} if average else {"ceil_mode": True}
+    if mask is None:
+        return pool(x, window, **settings), None
+    mask = mask.unsqueeze(1)
+    share = pool(wide(mask), window, **settings)
+    left = share > 0
+    # selected, not multiplied: what lies outside may be infinite or no number
+    if average:
+        x = pool(torch.where(mask, wide(x), 0), window, **settings) / torch.where(left, share, 1)
+    else:
+        x = torch.where(left, pool(x.masked_fill(~mask, -torch.inf), window, **settings), 0)
+    return x, left.squeeze(1)
+
+
+def check_pool(pool: int | None) -> None:
+    if pool is not None and pool < 1:
+        raise ValueError(f"pool: got {pool}, want a whole number of at least 1, or None")
+
+
+def check_classes(num_classes: int, at_least: int = 1) -> None:
+    if num_classes < at_least:
+        raise ValueError(f"num_classes: got {num_classes}, want at least {at_least}")
+
+
+def check_layers(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], at_least: int) -> None:
+    """As many features of the student as of the teacher."""
+    if len(student) != len(teacher) or len(student) < at_least:
+        raise ValueError(
+            f"student_features and teacher_features: got {len(student)} and {len(teacher)} layers, want the same number, at "
+            f"least {at_least}"
+        )
+
+
+def weighted_sum(student: torch.Tensor, terms: dict[str, tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """Σ weight · part in the type of the arithmetic; 0 without any."""
+    loss = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+    for weight, part in terms.values():
+        loss = loss + weight * part
+    return loss
+
+
+def check_channels(student_channels: int | None, teacher_channels: int | None) -> None:
+    if (student_channels is None) != (teacher_channels is None):
+        raise ValueError(
+            f"student_channels and teacher_channels: got {student_channels} and {teacher_channels}, want both or neither"
+        )
+
+
+def make_adapter(
+    student_channels: int | None, teacher_channels: int | None, even_if_equal: bool = False
+) -> nn.Conv1d | None:
+    """A 1×1 convolution from the student's channels to the teacher's; over flattened pixels, so for 2-D and 3-D alike."""
+    check_channels(student_channels, teacher_channels)
+    if student_channels is None or teacher_channels is None:
+        return None
+    if student_channels == teacher_channels and not even_if_equal:
+        return None
+    return nn.Conv1d(student_channels, teacher_channels, kernel_size=1, bias=False)
+
+
+def adapted(
+    adapter: nn.Module | None, student: torch.Tensor, teacher: torch.Tensor, loss: nn.Module, part: str = "it"
+) -> torch.Tensor:
+    """The student through the adapter of `loss`, or as it is where the channels agree."""
+    if adapter is not None:
+        x = student.flatten(2).to(next(adapter.parameters()).dtype)
+        student = adapter(x).unflatten(2, student.shape[2:])
+    if student.shape[1] != teacher.shape[1]:
+        name = type(loss).__name__
+        raise ValueError(
+            f"student and teacher: got {student.shape[1]} and {teacher.shape[1]} channels; {part} needs equal numbers or an "
+            f"adapter: {name}(student_channels={student.shape[1]}, teacher_channels={teacher.shape[1]})"
+        )
+    return student
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ("softmax", "sigmoid"):
+        raise ValueError(
+            f"activation: got {activation!r}, want 'softmax', or 'sigmoid' for binary and multi-label heads"
+        )
+
+
+def as_two_classes(x: torch.Tensor) -> torch.Tensor:
+    """Logits of sigmoid heads [B, C, *S] as those of two classes, [B·C, 2, *S]: softmax of [0, x] is [1 − σ(x), σ(x)]."""
+    return torch.stack([torch.zeros_like(x), x], 2).flatten(0, 1)
+
+
+def labels_of_heads(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Labels of every head [B·C, *S] from [B, C, *S], or from [B, *S] or [B, 1, *S] that all heads share."""
+    if target.dim() == like.dim() - 1:
+        target = target.unsqueeze(1)
+    want = (like.shape[0], like.shape[1], *like.shape[2:])
+    if target.dim() != like.dim() or target.shape[1] not in (1, want[1]):
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, want {want}, or one for all heads: {(want[0], *want[2:])}"
+        )
+    return target.expand(-1, want[1], *target.shape[2:]).flatten(0, 1)

@@ -1,0 +1,104 @@
+"""Double Similarity Distillation for Semantic Image Segmentation: Feng, Sun, Diao, Li and Gao, TIP 2021."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from medkd_fast import functional
+from medkd_fast.losses import common
+from medkd_fast.losses.attention import attention_map
+
+
+class DSDLoss(common.DistillationLoss):
+    """category_weight · difference of the classes' similarities + pixel_weight · difference of residual attention maps.
+
+    * category: logits average-pooled, softmax over the pixels of every channel at the temperature, products P Pᵀ, mean squared
+      difference of the C×C entries.
+    * pixel: of every layer the attention map, mean over channels of x², divided by its L2 norm; of every two layers the
+      difference of their maps, divided by its norm; mean squared difference, mean over the pairs of layers.
+
+    Other codes: equal to CIRKD's copy of the loss.
+
+    Weight: category 10, pixel 1000 (CIRKD's tables), which the weights take; 1 is their default.
+
+    Cost: one pass over the pooled logits, one over each layer, and their backward; memory: the gradients and maps of one channel.
+
+    Args:
+        category_weight, pixel_weight: weights of the parts; 0 leaves a part out.
+        temperature: of the category part.
+        pool: average-pools the logits of the category part by this factor.
+        ignore_index: with a target, pixels with this label count nowhere.
+
+    Without features there is the category part alone. The layers' numbers of channels may differ, and their sizes: the maps are
+    compared at the smallest size among the layers, to which the others are average-pooled.
+
+    >>> import torch
+    >>> loss = DSDLoss()
+    >>> logits, layers = torch.rand(2, 3, 8, 8), [torch.rand(2, 4, 8, 8), torch.rand(2, 8, 4, 4)]
+    >>> value = loss(logits, logits, student_features=layers, teacher_features=[3 * x for x in layers])
+    >>> value.abs() < 1e-6, sorted(loss.parts)
+    (tensor(True), ['category', 'pixel'])
+    """
+
+    def __init__(
+        self,
+        category_weight: float = 1.0,
+        pixel_weight: float = 1.0,
+        temperature: float = 4.0,
+        pool: int | None = 2,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        common.check_pool(pool)
+        self.category_weight = category_weight
+        self.pixel_weight = pixel_weight
+        self.temperature = temperature
+        self.pool = pool
+        self.ignore_index = ignore_index
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        target: torch.Tensor | None = None,
+        student_features: Sequence[torch.Tensor] = (),
+        teacher_features: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """student, teacher: logits [B, C, *S]; target: labels, of any size; features: the layers', [B, c, *s], at least two."""
+        parts = {}
+        if self.category_weight:
+            parts["category"] = self._category(student, teacher, target)
+        if self.pixel_weight and (student_features or teacher_features):
+            common.check_layers(student_features, teacher_features, at_least=2)
+            parts["pixel"] = self._pixel(student_features, teacher_features, target)
+        self.parts = {name: part.detach() for name, part in parts.items()}
+        return common.weighted_sum(student, {name: (getattr(self, f"{name}_weight"), x) for name, x in parts.items()})
+
+    def _category(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+        student, teacher = common.to_common_size(student, teacher)
+        mask = common.counted(target, student, self.ignore_index)
+        student, left = common.pooled(student, self.pool, mask, common.AVERAGE_POOL)
+        teacher, _ = common.pooled(teacher, self.pool, mask, common.AVERAGE_POOL)
+        return functional.channel_relation(
+            student, teacher, relation="softmax", temperature=self.temperature, mask=left
+        )
+
+    def _pixel(
+        self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor], target: torch.Tensor | None
+    ) -> torch.Tensor:
+        for s, t in zip(students, teachers, strict=True):
+            common.check_dims(s, t)
+        size = tuple(min(sizes) for sizes in zip(*(x.shape[2:] for x in (*students, *teachers)), strict=True))
+        students, teachers = ([common.to_size(x, size) for x in layers] for layers in (students, teachers))
+        mask = common.counted(target, students[0], self.ignore_index)
+        maps_s, maps_t = ([attention_map(x, 2, mask) for x in layers] for layers in (students, teachers))
+        counts = None if mask is None else mask.flatten(1)
+        terms = [
+            common.mean_over((F.normalize(s_2 - s_1, dim=1) - F.normalize(t_2 - t_1, dim=1)).square(), counts)
+            for (s_1, t_1), (s_2, t_2) in itertools.combinations(zip(maps_s, maps_t, strict=True), 2)
+        ]
+        return torch.stack(terms).mean()

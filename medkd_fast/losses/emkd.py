@@ -1,0 +1,116 @@
+"""Efficient Medical Image Segmentation Based on Knowledge Distillation (EMKD): Qin, Bu, Liu, Shen, Zhou and others, TMI 2021."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from medkd_fast import functional
+from medkd_fast.losses import common
+from medkd_fast.losses.at import attention_difference
+from medkd_fast.losses.prototypes import class_labels, class_means, kept
+
+
+class EMKDLoss(common.DistillationLoss):
+    """0.1 · KL on the logits + 0.9 · difference of importance maps + 0.9 · difference of region affinities.
+
+    * prediction: KL over classes at T = 4 times T², mean over valid pixels.
+    * importance: attention maps with p = 4, squared difference summed over pixels, mean over images, summed over the layers.
+    * region: the mean feature of every class, the cosine between every two classes, squared difference, mean over the pairs
+      whose classes are both in the image, mean over images that have such a pair, summed over the layers.
+
+    Other codes: the authors' code knows two classes, where this equals it for images that have both; one with an absent class it
+    counts as 0 in the mean over images (or divides by 0, where it is the first), here it leaves the mean. A student layer of
+    another size it interpolates to the teacher's; here the larger one is averaged for the importance maps, and region means are
+    taken at each network's own size.
+
+    Weight: 1, with the weights of the parts that are the defaults (the authors').
+
+    Cost: one pass over logits and features, one product of C × V × classes for each layer, and their backward; memory: the
+    gradients, and classes × V numbers for a layer.
+
+    Args:
+        num_classes: number of classes in the labels.
+        prediction_weight, importance_weight, region_weight: weights of the parts; 0 leaves a part out.
+        temperature: of the prediction part.
+        p: power of the importance maps.
+        ignore_index: pixels with this label count nowhere.
+
+    Numbers of channels of a layer may differ.
+
+    >>> import torch
+    >>> loss = EMKDLoss(num_classes=3)
+    >>> logits, layer = torch.rand(2, 3, 8, 8), torch.rand(2, 6, 4, 4)
+    >>> target = torch.arange(128).reshape(2, 8, 8) % 3
+    >>> value = loss(logits, logits, target, student_features=[layer], teacher_features=[2 * layer])
+    >>> value.abs() < 1e-6, sorted(loss.parts)
+    (tensor(True), ['importance', 'prediction', 'region'])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        prediction_weight: float = 0.1,
+        importance_weight: float = 0.9,
+        region_weight: float = 0.9,
+        temperature: float = 4.0,
+        p: float = 4,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        common.check_classes(num_classes, at_least=2)
+        self.num_classes = num_classes
+        self.prediction_weight = prediction_weight
+        self.importance_weight = importance_weight
+        self.region_weight = region_weight
+        self.temperature = temperature
+        self.p = p
+        self.ignore_index = ignore_index
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        target: torch.Tensor,
+        student_features: Sequence[torch.Tensor],
+        teacher_features: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """student, teacher: logits [B, C, *S]; target: labels [B, *S] or [B, 1, *S]; features: the layers', [B, c, *s]."""
+        common.check_layers(student_features, teacher_features, at_least=1)
+        parts = {}
+        if self.prediction_weight:
+            parts["prediction"] = functional.class_kl(
+                student, teacher, temperature=self.temperature, target=target, ignore_index=self.ignore_index
+            )
+        pairs = list(zip(student_features, teacher_features, strict=True))
+        if self.importance_weight:
+            parts["importance"] = torch.stack([self._importance(s, t, target) for s, t in pairs]).sum()
+        if self.region_weight:
+            parts["region"] = torch.stack([self._region(s, t, target) for s, t in pairs]).sum()
+        self.parts = {name: part.detach() for name, part in parts.items()}
+        return common.weighted_sum(student, {name: (getattr(self, f"{name}_weight"), x) for name, x in parts.items()})
+
+    def _importance(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        student, teacher = common.to_common_size(student, teacher)
+        mask = common.counted(target, student, self.ignore_index)
+        return attention_difference(student, teacher, self.p, "sum", mask)
+
+    def _region(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        common.check_dims(student, teacher)
+        cosine_s, there_s = self._contrast(student, target)
+        cosine_t, there_t = self._contrast(teacher, target)
+        there = (there_s & there_t).triu(1)
+        squared = torch.where(there, (cosine_s - cosine_t).square(), 0).sum((1, 2))
+        images = there.flatten(1).any(1).sum()
+        return (squared / there.sum((1, 2)).clamp(min=1)).sum() / images.clamp(min=1)
+
+    def _contrast(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines [B, K, K] between the classes' mean features, and where both are there."""
+        labels = class_labels(target, x, self.num_classes, self.ignore_index)
+        with torch.autocast(x.device.type, enabled=False):
+            means, counts = class_means(kept(x, labels), labels, self.num_classes, 0.0)
+            means = F.normalize(means, dim=1, eps=1e-8)
+            there = counts > 0
+            return means.mT @ means, there.unsqueeze(1) & there.unsqueeze(2)

@@ -1,0 +1,63 @@
+"""Structured Knowledge Distillation for Semantic Segmentation: Liu, Chen, Liu, Qin, Luo and Wang, CVPR 2019."""
+
+from __future__ import annotations
+
+import torch
+
+from medkd_fast import functional
+from medkd_fast.losses import common
+
+
+class SKDLoss(common.DistillationLoss):
+    """Mean squared difference between the cosine affinities of all pairs of max-pooled pixels.
+
+    The pair-wise term of the paper. The V×V matrices are never held.
+
+    Other codes: the authors' divides by the detached norm + 1e-8, so no gradient flows through it: `detach_norm=True`. The
+    default has the exact gradient, as CIRKD's copy of the loss has.
+
+    Weight: 0.5 in the authors' code, 10 in CIRKD's tables, on the features before the classifier.
+
+    Cost: one pass over the pooled pixels each forward and backward, C² · V operations; memory: the gradient.
+
+    Args:
+        pool: max-pools both maps by this factor (the authors pool to half the size of the map: a grid of 2×2).
+        detach_norm: the norm as a constant.
+        ignore_index: with a target, pixels with this label leave both sides before the pooling.
+
+    Numbers of channels may differ. Maps of unequal size: the larger one is average-pooled first.
+
+    >>> import torch
+    >>> student = torch.tensor([[1.0, 1.0], [0.0, 0.0]]).reshape(1, 2, 1, 2)  # two pixels alike
+    >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 2, 1, 2)  # two pixels apart
+    >>> SKDLoss(pool=1)(student, teacher)
+    tensor(0.5000)
+    """
+
+    def __init__(self, pool: int = 2, detach_norm: bool = False, ignore_index: int = -100) -> None:
+        super().__init__()
+        common.check_pool(pool)
+        self.pool = pool
+        self.detach_norm = detach_norm
+        self.ignore_index = ignore_index
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        """student, teacher: features [B, C, *S]; target: labels, of any size."""
+        student, teacher = common.to_common_size(student, teacher)
+        mask = common.counted(target, student, self.ignore_index)
+        student, left = common.pooled(student, self.pool, mask, common.MAX_POOL)
+        teacher, _ = common.pooled(teacher, self.pool, mask, common.MAX_POOL)
+        relation = "cosine"
+        if self.detach_norm:
+            student, teacher = _over_detached_norm(student), _over_detached_norm(teacher)
+            relation = "gram"
+        loss = functional.pixel_relation(student, teacher, relation=relation, mask=left)
+        self.parts = {"affinity": loss.detach()}
+        return loss
+
+
+def _over_detached_norm(x: torch.Tensor) -> torch.Tensor:
+    """Pixels over their constant norm, times √C, which the gram relation divides by."""
+    x = common.wide(x)
+    norm = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
+    return x * (x.shape[1] ** 0.5 / (norm + 1e-8))
