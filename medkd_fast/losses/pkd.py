@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from medkd_fast.losses import common
 
@@ -60,10 +61,11 @@ class PKDLoss(common.DistillationLoss):
             s, t = torch.where(mask, s, 0), torch.where(mask, t, 0)
         scale_s, shift_s, number = self._standardisation(s, mask)
         scale_t, shift_t, _ = self._standardisation(t, mask)
-        difference = s * scale_s - (t * scale_t + (shift_s - shift_t))
+        # the student's shift is where its gradient through the mean comes in
+        s, t = torch.addcmul(-shift_s, s, scale_s), torch.addcmul(-shift_t, t, scale_t)
         if mask is not None:
-            difference = torch.where(mask, difference, 0)
-        loss = 0.5 * difference.square().sum() / (number * s.shape[1]).clamp(min=1)
+            s, t = torch.where(mask, s, 0), torch.where(mask, t, 0)
+        loss = 0.5 * F.mse_loss(s, t, reduction="sum") / (number * s.shape[1]).clamp(min=1)
         self.parts = {"correlation": loss.detach()}
         return loss
 
@@ -72,9 +74,11 @@ class PKDLoss(common.DistillationLoss):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """a, b [C, 1] of a·x − b, standardised, and the number of pixels of a process, in the mean over the processes."""
         if mask is None:
-            squares, mean = torch.var_mean(x, (0, 2), correction=0)
+            # image by image, which is contiguous, then together
+            squares, means = torch.var_mean(x, 2, correction=0)
             number = x.new_full((), x.shape[0] * x.shape[2])
-            squares = squares * number
+            mean = means.mean(0)
+            squares = (squares + (means - mean).square()).sum(0) * x.shape[2]
         else:
             number = mask.sum().to(x.dtype)
             mean = x.sum((0, 2)) / number.clamp(min=1)
