@@ -67,6 +67,7 @@ class SDDLoss(common.DistillationLoss):
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """student, teacher: logit maps [N, C, *S]; target: labels [N], or dense [N, *S] or [N, 1, *S]."""
         common.check_dims(student, teacher)
+        common.check_target(target)
         classes = teacher.shape[1]
         if target.dim() == 1:
             regions = sum(scale ** (teacher.dim() - 2) for scale in self.scales)
@@ -120,10 +121,11 @@ class SDDLoss(common.DistillationLoss):
 
     def _pyramid(self, x: torch.Tensor) -> torch.Tensor:
         """Means [N, C, R] over every region of every scale."""
-        pool, finest = common.ADAPTIVE_POOL[x.dim() - 2], max(self.scales)
+        dims, finest = x.dim() - 2, max(self.scales)
         if not any(finest % scale for scale in self.scales) and not any(size % finest for size in x.shape[2:]):
-            x = pool(x, finest)  # regions of equal size: a larger one's mean is that of its parts' means
-        return torch.cat([pool(x, scale).flatten(2) for scale in self.scales], 2)
+            # regions of equal size: a larger one's mean is that of its parts' means
+            x = common.averaged(x, [finest] * dims)
+        return torch.cat([common.averaged(x, [scale] * dims).flatten(2) for scale in self.scales], 2)
 
     def _majorities(self, target: torch.Tensor, classes: int) -> torch.Tensor:
         """The most frequent label [N, R] of every region of labels [N, *S] (−1: none), ignore_index where there is none."""
