@@ -24,10 +24,10 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "class_kl": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "channel_gram": {"cpu": ("cpp",)},
     "channel_relation": {"cpu": ("cpp",)},
-    "pixel_affinity": {"cpu": ("cpp",)},
-    "pixel_relation": {"cpu": ("cpp",)},
-    "spatial_kl": {"cpu": ("cpp",)},
-    "class_pearson": {"cpu": ("cpp",)},
+    "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton",)},
+    "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton",)},
+    "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton",)},
+    "class_pearson": {"cpu": ("cpp",), "cuda": ("triton",)},
 }
 
 

@@ -1,8 +1,7 @@
 """Every test sees torch.empty filled with NaN, so an output that nobody wrote shows, and starts from the same seed.
 
 Without a GPU Triton's kernels run on CPU tensors in Triton's interpreter: one program after another, so a race between
-programs does not show, and stores to bfloat16 are truncated instead of rounded. The CUDA kernels run on CPU tensors too,
-compiled for the host (cuda_host).
+programs does not show. The CUDA kernels run on CPU tensors too, compiled for the host (cuda_host).
 """
 
 from __future__ import annotations
@@ -20,6 +19,11 @@ if not torch.cuda.is_available():
 import cuda_host
 
 from medkd_fast import backend as backends
+
+if backends.INTERPRETED and not backends.UNAVAILABLE["triton"]:
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 
 @pytest.fixture(autouse=True)

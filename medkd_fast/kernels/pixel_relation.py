@@ -1,0 +1,523 @@
+"""pixel_relation with divergence "mse", by products of C×C: with S and T the normalised features, A = S − T and B = S + T,
+the products AAᵀ, BBᵀ and BAᵀ summed over the pixels, and then a small matrix times [A; B]. Derivation:
+medkd_fast/reference/pixel_relation.py.
+
+Forward: a program multiplies a slot of pixels in fp32, the slots are added in double in their order, and what is made of
+the sums is made in double. Within a slot a tl.dot of 32 pixels starts from zero and at most 64 of them are added up, each
+addition correctly rounded, so the slots' errors are those of short sums and have either sign. Up to 64 channels everything
+about a pixel is in one program, which normalises what it loads: each tensor is read once a pass. Wider networks are bound
+by their products and are normalised beforehand; pairs of blocks of channels then share the work out.
+
+Half inputs are normalised in fp32 like all others, because A is a difference of normalised features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.pixel_images import add_values, image_pixels, image_share, pixels_of
+from medkd_fast.kernels.pixel_rows import Rows, finish, normalise, prepare
+from medkd_fast.kernels.planes import gradient_like, planes_of
+from medkd_fast.reference.common import arithmetic
+
+
+@triton.jit
+def load_rows(
+    x, stride_xc, stride_xp, o_c, o_p, m_p, C, TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr
+):
+    """Normalised features and inverse norms at channels o_c by pixels o_p, one of them a column, or turned over."""
+    m_x = (o_c < C) & m_p
+    b_x = tl.load(x + o_c * stride_xc + o_p * stride_xp, m_x, 0.0).to(TYPE)
+    AXIS: tl.constexpr = 0 if o_p.shape[0] == 1 else 1
+    if FUSED:
+        return normalise(b_x, m_x, C, RELATION, AXIS)
+    return b_x, tl.zeros_like(tl.sum(b_x, AXIS))
+
+
+@triton.jit
+def load_difference_and_sum(
+    student,
+    teacher,
+    stride_sc,
+    stride_sp,
+    stride_tc,
+    stride_tp,
+    o_c,
+    o_p,
+    m_p,
+    C_s,
+    C_t,
+    TYPE: tl.constexpr,
+    RELATION: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """A and B. S and T are rounded alike: these kernels are compiled without fused multiply-subtract, with which one
+    of the two products would go unrounded into the difference, and equal features would differ."""
+    b_s, _ = load_rows(student, stride_sc, stride_sp, o_c, o_p, m_p, C_s, TYPE, RELATION, FUSED)
+    b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_c, o_p, m_p, C_t, TYPE, RELATION, FUSED)
+    return b_s - b_t, b_s + b_t
+
+
+@triton.jit
+def products_kernel(
+    student,
+    teacher,
+    mask,  # [B, N]
+    partial,  # [B, slots, 3, W, W]: AAᵀ, BBᵀ, BAᵀ
+    C_s,
+    C_t,
+    W,  # the larger of them
+    N,
+    slots,
+    stride_sb,
+    stride_sc,
+    stride_sp,
+    stride_tb,
+    stride_tc,
+    stride_tp,
+    RELATION: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    FUSED: tl.constexpr,
+    SLOT: tl.constexpr,  # pixels
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_slot = tl.program_id(0).to(tl.int64)
+    i_b = i_slot // slots
+    first = (i_slot % slots) * SLOT
+    # program 0, 1, 2, ... of the second dimension: blocks of channels (0, 0), (0, 1), (1, 1), (0, 2), ...
+    i_row = tl.program_id(1)
+    i_col = 0
+    while i_row > i_col:
+        i_col += 1
+        i_row -= i_col
+    student += i_b * stride_sb
+    teacher += i_b * stride_tb
+    o_i = (i_row * BLOCK_C + tl.arange(0, BLOCK_C))[:, None].to(tl.int64)
+    o_j = (i_col * BLOCK_C + tl.arange(0, BLOCK_C))[:, None].to(tl.int64)
+    TYPE: tl.constexpr = partial.dtype.element_ty
+    aa = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
+    bb = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
+    ba = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
+    ab = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
+    for p in range(first, tl.minimum(first + SLOT, N), BLOCK_P):
+        o_p = (p + tl.arange(0, BLOCK_P))[None, :]
+        m_p = o_p < N
+        if HAS_MASK:
+            m_p = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
+        a_i, b_i = load_difference_and_sum(
+            student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_i, o_p, m_p, C_s, C_t, TYPE, RELATION, FUSED
+        )  # [BLOCK_C, BLOCK_P]
+        if FUSED:
+            aa += tl.dot(a_i, tl.trans(a_i), input_precision=PRECISION, out_dtype=TYPE)
+            bb += tl.dot(b_i, tl.trans(b_i), input_precision=PRECISION, out_dtype=TYPE)
+            ba += tl.dot(b_i, tl.trans(a_i), input_precision=PRECISION, out_dtype=TYPE)
+        else:
+            a_j, b_j = load_difference_and_sum(
+                student,
+                teacher,
+                stride_sc,
+                stride_sp,
+                stride_tc,
+                stride_tp,
+                o_j,
+                o_p,
+                m_p,
+                C_s,
+                C_t,
+                TYPE,
+                RELATION,
+                FUSED,
+            )
+            aa += tl.dot(a_i, tl.trans(a_j), input_precision=PRECISION, out_dtype=TYPE)
+            bb += tl.dot(b_i, tl.trans(b_j), input_precision=PRECISION, out_dtype=TYPE)
+            ba += tl.dot(b_i, tl.trans(a_j), input_precision=PRECISION, out_dtype=TYPE)
+            ab += tl.dot(a_i, tl.trans(b_j), input_precision=PRECISION, out_dtype=TYPE)
+    partial += i_slot * 3 * W * W
+    o_k = tl.trans(o_j)
+    m_ij = (o_i < W) & (o_k < W)
+    p_ij = o_i * W + o_k
+    tl.store(partial + p_ij, aa, m_ij)
+    tl.store(partial + W * W + p_ij, bb, m_ij)
+    tl.store(partial + 2 * W * W + p_ij, ba, m_ij)
+    if not FUSED:  # noqa: SIM102 (known when the kernel is compiled, and then not)
+        if i_row != i_col:  # the other triangle
+            p_ji = o_k * W + o_i
+            tl.store(partial + p_ji, aa, m_ij)
+            tl.store(partial + W * W + p_ji, bb, m_ij)
+            tl.store(partial + 2 * W * W + p_ji, ab, m_ij)
+
+
+@triton.jit
+def add_slots_kernel(
+    partial,  # [sets, slots, size]
+    pixels,  # [slots], if the slots are images, of B
+    sums,  # [sets, size], double
+    slots,
+    size,
+    N,
+    SHARES: tl.constexpr,  # the slots are images and have their shares in the loss
+    HAS_MASK: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_set = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    if SHARES:
+        for slot in range(slots):
+            share = image_share(pixels, slot, slots, N, HAS_MASK, MEAN)
+            total += share * tl.load(partial + (i_set * slots + slot) * size + o_k, o_k < size, 0.0)
+    else:
+        for slot in range(0, slots, BLOCK_SLOTS):
+            o_slot = slot + tl.arange(0, BLOCK_SLOTS)
+            p_k = partial + (i_set * slots + o_slot[:, None]) * size + o_k[None, :]
+            m_k = (o_slot < slots)[:, None] & (o_k < size)[None, :]
+            total += tl.sum(tl.load(p_k, m_k, 0.0).to(tl.float64), 0)
+    tl.store(sums + i_set * size + o_k, total, o_k < size)
+
+
+@triton.jit
+def matrix_kernel(
+    sums,  # [B, 3, W, W], double
+    pixels,  # [B]
+    values,  # [B, blocks of rows], double: shares in the sum of squared differences
+    matrix,  # [B, C, 2 W]
+    B,
+    C,
+    W,
+    N,
+    HAS_MASK: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    o_i = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
+    aa = sums + i_b * 3 * W * W
+    bb = aa + W * W
+    ba = bb + W * W
+    scale = image_share(pixels, i_b, B, N, HAS_MASK, MEAN)
+    if not ACROSS:
+        scale = scale / tl.maximum(image_pixels(pixels, i_b, N, HAS_MASK), 1.0)
+    value = tl.full((), 0.0, tl.float64)
+    for j in range(0, W, BLOCK_J):
+        o_j = (j + tl.arange(0, BLOCK_J))[None, :]
+        m_ij = (o_i < W) & (o_j < W)
+        b_aa = tl.load(aa + o_i * W + o_j, m_ij, 0.0)
+        # BBᵀ turned over, as ABᵀ is: where a channel of S is 0, its products in both are the same but for the sign, sums
+        # in one order, and the row of the matrix is 0 as it should. A pixel divided by 1e-12 would show a difference.
+        b_bb = tl.load(bb + o_j * W + o_i, m_ij, 0.0)
+        b_ba = tl.load(ba + o_i * W + o_j, m_ij, 0.0)
+        b_ab = tl.load(ba + o_j * W + o_i, m_ij, 0.0)
+        value += tl.sum(b_aa * b_bb + b_ba * b_ab)
+        p_matrix = matrix + (i_b * C + o_i) * 2 * W + o_j
+        m_matrix = m_ij & (o_i < C)
+        tl.store(p_matrix, (scale * (b_ab + b_bb)).to(matrix.dtype.element_ty), m_matrix)
+        tl.store(p_matrix + W, (scale * (b_aa + b_ba)).to(matrix.dtype.element_ty), m_matrix)
+    if not ACROSS:
+        tl.store(values + i_b * tl.num_programs(1) + tl.program_id(1), value / 2)
+
+
+@triton.jit
+def pairs_kernel(
+    sums,  # [B, 3, W, W], double
+    values,  # [B, B, blocks of rows], double
+    B,
+    W,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    i_pair = tl.program_id(0).to(tl.int64)
+    size = W * W
+    a = sums + (i_pair // B) * 3 * size
+    b = sums + (i_pair % B) * 3 * size
+    o_i = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
+    value = tl.full((), 0.0, tl.float64)
+    for j in range(0, W, BLOCK_J):
+        o_j = (j + tl.arange(0, BLOCK_J))[None, :]
+        m_ij = (o_i < W) & (o_j < W)
+        p_ij = o_i * W + o_j
+        squares = tl.load(a + p_ij, m_ij, 0.0) * tl.load(b + size + p_ij, m_ij, 0.0)
+        squares += tl.load(a + size + p_ij, m_ij, 0.0) * tl.load(b + p_ij, m_ij, 0.0)
+        crossed = tl.load(a + 2 * size + o_j * W + o_i, m_ij, 0.0) * tl.load(b + 2 * size + p_ij, m_ij, 0.0)
+        value += tl.sum(squares / 2 + crossed)
+    tl.store(values + i_pair * tl.num_programs(1) + tl.program_id(1), value / 2)
+
+
+@triton.jit
+def mix_kernel(
+    matrix,  # [B, size]
+    upstream,  # [] or [B, B]
+    pixels,  # [B]
+    mixed,  # [B, size]: what an image's pixels are multiplied with, the sum over the images that it is related to
+    B,
+    size,
+    N,
+    stride_ua,
+    stride_ub,
+    HAS_MASK: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_a = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for i_b in range(B):
+        there = tl.load(upstream + i_a * stride_ua + i_b * stride_ub).to(tl.float64)
+        back = tl.load(upstream + i_b * stride_ua + i_a * stride_ub).to(tl.float64)
+        total += (there + back) / 2 * tl.load(matrix + i_b * size + o_k, o_k < size, 0.0)
+    total *= image_share(pixels, i_a, B, N, HAS_MASK, MEAN)
+    tl.store(mixed + i_a * size + o_k, total.to(mixed.dtype.element_ty), o_k < size)
+
+
+@triton.jit
+def gradient_kernel(
+    student,
+    teacher,
+    mask,  # [B, N]
+    matrix,  # [B, C_s, 2 W]
+    upstream,  # [] or [B]
+    out,
+    C_s,
+    C_t,
+    W,
+    N,
+    parts,  # of an image's pixels
+    stride_sb,
+    stride_sc,
+    stride_sp,
+    stride_tb,
+    stride_tc,
+    stride_tp,
+    stride_ob,
+    stride_oc,
+    stride_op,
+    stride_u,
+    RELATION: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    FUSED: tl.constexpr,  # with normalisation, and then its derivative; else `out` is for the rows
+    PART: tl.constexpr,  # pixels
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_b = (tl.program_id(0) // parts).to(tl.int64)
+    first = (tl.program_id(0) % parts).to(tl.int64) * PART
+    student += i_b * stride_sb
+    teacher += i_b * stride_tb
+    out += i_b * stride_ob
+    matrix += i_b * C_s * 2 * W
+    TYPE: tl.constexpr = matrix.dtype.element_ty
+    factor = tl.load(upstream + i_b * stride_u)
+    o_out = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :].to(tl.int64)
+    if FUSED:
+        o_k = tl.trans(o_out)
+        m_matrix = (o_k < W) & (o_out < C_s)
+        of_a = tl.load(matrix + o_out * 2 * W + o_k, m_matrix, 0.0)  # [BLOCK_C, BLOCK_C], turned over
+        of_b = tl.load(matrix + o_out * 2 * W + W + o_k, m_matrix, 0.0)
+    for p in range(first, tl.minimum(first + PART, N), BLOCK_P):
+        o_p = (p + tl.arange(0, BLOCK_P))[:, None]
+        m_p = o_p < N
+        m_valid = m_p
+        if HAS_MASK:
+            m_valid = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
+        if FUSED:
+            b_s, inverse = load_rows(student, stride_sc, stride_sp, o_out, o_p, m_valid, C_s, TYPE, RELATION, FUSED)
+            b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_out, o_p, m_valid, C_t, TYPE, RELATION, FUSED)
+            b_g = tl.dot(b_s - b_t, of_a, input_precision=PRECISION, out_dtype=TYPE)
+            b_g += tl.dot(b_s + b_t, of_b, input_precision=PRECISION, out_dtype=TYPE)
+            b_g *= factor  # [BLOCK_P, BLOCK_C]
+            if RELATION != "gram":
+                along = tl.where(inverse < 1e12, tl.sum(b_g * b_s, 1), 0.0)
+                b_g -= b_s * along[:, None]
+                if RELATION == "pearson":
+                    mean = tl.sum(b_g, 1) / tl.full((1,), C_s, TYPE)
+                    b_g -= mean[:, None]
+            b_g = tl.where(m_valid, b_g * inverse[:, None], 0.0)
+        else:
+            b_g = tl.zeros([BLOCK_P, BLOCK_C], TYPE)
+            for c in range(0, W, BLOCK_C):
+                o_c = (c + tl.arange(0, BLOCK_C))[None, :].to(tl.int64)
+                b_a, b_b = load_difference_and_sum(
+                    student,
+                    teacher,
+                    stride_sc,
+                    stride_sp,
+                    stride_tc,
+                    stride_tp,
+                    o_c,
+                    o_p,
+                    m_valid,
+                    C_s,
+                    C_t,
+                    TYPE,
+                    RELATION,
+                    FUSED,
+                )
+                o_k = tl.trans(o_c)
+                m_matrix = (o_k < W) & (o_out < C_s)
+                p_matrix = matrix + o_out * 2 * W + o_k
+                b_g += tl.dot(b_a, tl.load(p_matrix, m_matrix, 0.0), input_precision=PRECISION, out_dtype=TYPE)
+                b_g += tl.dot(b_b, tl.load(p_matrix + W, m_matrix, 0.0), input_precision=PRECISION, out_dtype=TYPE)
+            b_g *= factor
+        p_out = out + o_out * stride_oc + o_p * stride_op
+        tl.store(p_out, b_g.to(out.dtype.element_ty), m_p & (o_out < C_s))
+
+
+#: Channels that a program normalises by itself.
+FUSED_CHANNELS = 64
+ROWS = {"BLOCK_I": 8, "BLOCK_J": 64}
+
+
+def block_of(channels: int) -> int:
+    return min(max(triton.next_power_of_2(channels), 16), 64)
+
+
+def ready(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, relation: str, type: torch.dtype
+) -> tuple[bool, list[torch.Tensor], list[int], Rows | None]:
+    """Whether the kernels normalise, what they read of student and teacher, its strides, and the student's rows if not.
+
+    Doubles are normalised beforehand: Triton 3.6 multiplies none that it finds to depend on narrower numbers, as a mask.
+    """
+    if type == torch.float32 and max(student.shape[1], teacher.shape[1]) <= FUSED_CHANNELS:
+        (s, strides_s), (t, strides_t) = planes_of(student), planes_of(teacher)
+        return True, [s, t], [*strides_s, *strides_t], None
+    rows_s, rows_t = (prepare(x, mask, relation, type, always_store=True) for x in (student, teacher))
+    return False, [rows_s.x, rows_t.x], [*rows_s.strides, *rows_t.strides], rows_s
+
+
+@operator()
+def pixel_relation(
+    student: torch.Tensor,  # [B, C, *S]
+    teacher: torch.Tensor,  # [B, other C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    relation: str,
+    across_images: bool,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, C_s, C_t, N = student.shape[0], student.shape[1], teacher.shape[1], pixels_of(student)
+    W, type = max(C_s, C_t), arithmetic(student, teacher)
+    double = type == torch.float64
+    fused, features, strides, _ = ready(student, teacher, mask, relation, type)
+    pixels = mask.flatten(1).sum(1) if mask is not None else None
+    images = {"HAS_MASK": mask is not None, "MEAN": reduction == "mean"}
+
+    BLOCK_C, SLOT = block_of(W), 1024 if fused else 2048
+    slots, tiles, size = triton.cdiv(N, SLOT), triton.cdiv(W, BLOCK_C), 3 * W * W
+    partial = student.new_empty((B, slots, size), dtype=type)
+    sums = student.new_empty((B, size), dtype=torch.float64)
+    products_kernel[(B * slots, tiles * (tiles + 1) // 2)](
+        *features,
+        mask,
+        partial,
+        C_s,
+        C_t,
+        W,
+        N,
+        slots,
+        *strides,
+        RELATION=relation,
+        HAS_MASK=fused and mask is not None,
+        FUSED=fused,
+        SLOT=SLOT,
+        BLOCK_C=BLOCK_C,
+        BLOCK_P=32,
+        PRECISION="ieee" if double else "tf32x3",
+        num_stages=2,
+        enable_fp_fusion=False,
+    )
+    adding = {"BLOCK_SLOTS": 16, "BLOCK": 128}
+    add_slots_kernel[(B, triton.cdiv(size, 128))](
+        partial, pixels, sums, slots, size, N, SHARES=False, **adding, **images
+    )
+
+    blocks = triton.cdiv(W, ROWS["BLOCK_I"])
+    matrix = student.new_empty((B, C_s, 2 * W), dtype=type)
+    each = reduction == "none"
+    loss = student.new_empty((B,) * (1 + across_images) if each else (), dtype=type)
+    values = student.new_empty((B * B if across_images and each else max(B, 1), blocks), dtype=torch.float64)
+    matrix_kernel[(B, blocks)](sums, pixels, values, matrix, B, C_s, W, N, ACROSS=across_images, **ROWS, **images)
+    weighed = across_images and not each
+    if across_images and each:
+        pairs_kernel[(B * B, blocks)](sums, values, B, W, **ROWS)
+    elif weighed:
+        # the value is quadratic in the sums: that of the images' weighted sum is the sum over all pairs
+        total = sums.new_empty((1, size))
+        add_slots_kernel[(1, triton.cdiv(size, 128))](sums, pixels, total, B, size, N, SHARES=True, **adding, **images)
+        pairs_kernel[(1, blocks)](total, values, 1, W, **ROWS)
+    add_values(values, pixels, loss, B, N, "weighed" if weighed else "entries", across_images, **images)
+    return loss, matrix
+
+
+@operator()
+def pixel_relation_backward(
+    student: torch.Tensor,  # [B, C, *S]
+    teacher: torch.Tensor,  # [B, other C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    matrix: torch.Tensor,  # [B, C, 2 * the larger C], contiguous, in the type of the arithmetic
+    upstream: torch.Tensor,  # [], [B] or [B, B], in the type of the arithmetic
+    relation: str,
+    across_images: bool,
+    reduction: str,
+) -> torch.Tensor:
+    B, C_s, C_t, N = student.shape[0], student.shape[1], teacher.shape[1], pixels_of(student)
+    W, double = max(C_s, C_t), matrix.dtype == torch.float64
+    fused, features, strides, rows = ready(student, teacher, mask, relation, matrix.dtype)
+    stride_u = upstream.stride(0) if upstream.dim() else 0
+    if across_images:
+        pixels = mask.flatten(1).sum(1) if mask is not None else None
+        mixed, size = torch.empty_like(matrix), C_s * 2 * W
+        mix_kernel[(B, triton.cdiv(size, 256))](
+            matrix,
+            upstream,
+            pixels,
+            mixed,
+            B,
+            size,
+            N,
+            stride_u,
+            upstream.stride(1) if upstream.dim() else 0,
+            HAS_MASK=mask is not None,
+            MEAN=reduction == "mean",
+            BLOCK=256,
+        )
+        matrix, upstream, stride_u = mixed, torch.ones((), dtype=matrix.dtype, device=matrix.device), 0
+    if fused:
+        result, written, strides_out = gradient_like(student)
+    else:
+        written, strides_out = student.new_empty((B, N, C_s), dtype=matrix.dtype), (N * C_s, 1, C_s)
+    BLOCK_C, PART = block_of(W), 512
+    parts = triton.cdiv(N, PART)
+    gradient_kernel[(B * parts, triton.cdiv(C_s, BLOCK_C))](
+        *features,
+        mask,
+        matrix,
+        upstream,
+        written,
+        C_s,
+        C_t,
+        W,
+        N,
+        parts,
+        *strides,
+        *strides_out,
+        stride_u,
+        RELATION=relation,
+        HAS_MASK=fused and mask is not None,
+        FUSED=fused,
+        PART=PART,
+        BLOCK_C=BLOCK_C,
+        BLOCK_P=32 if double else 64,
+        PRECISION="ieee" if double else "tf32x3",
+        num_stages=2,
+        enable_fp_fusion=False,
+    )
+    if rows is not None:
+        return finish(written, rows, mask, relation, student)
+    return result if written is result else result.copy_(written)

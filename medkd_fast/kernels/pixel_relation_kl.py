@@ -1,0 +1,477 @@
+"""pixel_relation with divergence "kl": rows of the relation matrix of N×N pixels a block at a time, columns streamed, both
+networks' softmax in one pass, as flash attention does. Derivation: medkd_fast/reference/pixel_relation.py.
+
+Forward: a program owns a block of rows, of one image towards itself or another. Logits are in units of log 2, so that an
+exponential is one instruction. For unit vectors and τ ≥ 0.05 all maxima are 1/τ and nothing is rescaled; else each row has
+a running one. What a tile adds is summed in fp32, tiles in double. It leaves every row's maxima and inverse sums.
+
+Backward: the matrix is symmetric, so both gradients that reach s_i, as a row and as a column, come from the tile (i, j):
+
+    ∂/∂s_i = Σ_j E_ij s_j,  E_ij = e_s (w_i + w_j) − e_t (v_i + v_j),  e = e^{logit − maximum}, w, v = factor / sum
+
+Programs own whole rows: no atomics, no partial gradients, and four exponentials of N² numbers with the forward. What is
+equal for student and teacher is computed alike, and without fused multiply-subtract: equal features have gradient 0.
+
+E_ij s_j on tensor cores. bfloat16 features are exact as they are; E, times their inverse norms, is split in two bfloat16
+numbers, which keep 16 of its bits. Rounding E to one would leave 8, and E's sign changes along a row, where what is left of
+the sum may be small. float16 features are exact in tf32, with E in three products like all fp32 (E itself has not
+float16's range). Tensor cores truncate as they add up: sums are taken to ordinary registers every CHUNK columns.
+"""
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.pixel_images import add_values, image_share, image_weight, pixels_of
+from medkd_fast.kernels.pixel_rows import Rows, finish, prepare
+from medkd_fast.reference.common import arithmetic
+
+
+@triton.jit
+def load_panel(x, stride_xc, stride_xp, o_c, o_p, m_p, C, N, RAW: tl.constexpr):
+    """Channels o_c by pixels o_p, one of them a column, or turned over; zeros for pixels that do not count."""
+    m_x = (o_c < C) & (m_p if RAW else o_p < N)  # prepared rows have their zeros
+    return tl.load(x + o_c * stride_xc + o_p * stride_xp, m_x, 0.0)
+
+
+@triton.jit
+def relation_tile(
+    x,
+    y,
+    panel,
+    b_j,  # [BLOCK_C, BLOCK_J]
+    stride_xc,
+    stride_xp,
+    o_i,
+    m_i,
+    o_j,
+    m_j,
+    C,
+    N,
+    row,  # what a row's products are multiplied by
+    column,  # and a column's, for RAW
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others."""
+    TYPE: tl.constexpr = row.dtype
+    BLOCK_C: tl.constexpr = b_j.shape[0]
+    tile = tl.dot(panel, b_j, input_precision=PRECISION, out_dtype=TYPE)
+    for c in range(BLOCK_C, C, BLOCK_C):
+        o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
+        b_i = load_panel(x, stride_xc, stride_xp, o_c[None, :], o_i, m_i, C, N, RAW)
+        b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, N, RAW)
+        tile = tl.dot(b_i, b_k, tile, input_precision=PRECISION, out_dtype=TYPE)
+    tile = tile * row
+    if RAW:
+        tile = tile * column
+    return tile
+
+
+@triton.jit
+def scales(inverse, i_b, o_p, m_p, N, RAW: tl.constexpr):
+    """Inverse norms, where features come without them."""
+    if RAW:
+        return tl.load(inverse + i_b * N + o_p, m_p, 0.0)
+    return tl.full(o_p.shape, 1.0, inverse.dtype.element_ty)
+
+
+@triton.jit
+def counted(mask, i_b, o_p, N, HAS_MASK: tl.constexpr):
+    m_p = o_p < N
+    if HAS_MASK:
+        m_p = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
+    return m_p
+
+
+@triton.jit
+def raised(maximum, largest):
+    """A running maximum, finite, and what sums with respect to the one before are multiplied by."""
+    new = tl.maximum(maximum, largest)
+    new = tl.where(new == -float("inf"), 0.0, new)
+    return new, tl.exp2(maximum - new)
+
+
+@triton.jit
+def rows_kernel(
+    student,  # [B, C_s, N]
+    teacher,  # [B, C_t, N]
+    inverse_s,  # [B, N]
+    inverse_t,  # [B, N]
+    mask,  # [B, N]
+    kept,  # [B, columns, 4, padded]: maximum and 1 / sum for the student, then for the teacher
+    values,  # [B * columns, blocks], double
+    scale_bits,  # of the double 1 / (temperature log 2)
+    C_s,
+    C_t,
+    N,
+    padded,
+    columns,  # images that an image's pixels are related to
+    blocks,
+    stride_sb,
+    stride_sc,
+    stride_sp,
+    stride_tb,
+    stride_tc,
+    stride_tp,
+    ACROSS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RAW_S: tl.constexpr,
+    RAW_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    i_a = pair // columns
+    i_b = pair % columns if ACROSS else i_a
+    TYPE: tl.constexpr = kept.dtype.element_ty
+    scale = scale_bits.to(tl.float64, bitcast=True).to(TYPE)
+    o_i = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
+    m_i = counted(mask, i_a, o_i, N, HAS_MASK)
+    s_a = student + i_a * stride_sb
+    t_a = teacher + i_a * stride_tb
+    s_b = student + i_b * stride_sb
+    t_b = teacher + i_b * stride_tb
+    o_s = tl.arange(0, BLOCK_S).to(tl.int64)
+    o_t = tl.arange(0, BLOCK_T).to(tl.int64)
+    panel_s = load_panel(s_a, stride_sc, stride_sp, o_s[None, :], o_i, m_i, C_s, N, RAW_S)  # [BLOCK_I, BLOCK_S]
+    panel_t = load_panel(t_a, stride_tc, stride_tp, o_t[None, :], o_i, m_i, C_t, N, RAW_T)
+    row_s = scale * scales(inverse_s, i_a, o_i, m_i, N, RAW_S)  # [BLOCK_I, 1]
+    row_t = scale * scales(inverse_t, i_a, o_i, m_i, N, RAW_T)
+    sum_s = tl.zeros([BLOCK_I], tl.float64)
+    sum_t = tl.zeros([BLOCK_I], tl.float64)
+    weighted = tl.zeros([BLOCK_I], tl.float64)
+    max_s = tl.full([BLOCK_I], -float("inf"), TYPE)
+    max_t = tl.full([BLOCK_I], -float("inf"), TYPE)
+    for j in range(0, N, BLOCK_J):
+        o_j = (j + tl.arange(0, BLOCK_J))[None, :].to(tl.int64)
+        m_j = counted(mask, i_b, o_j, N, HAS_MASK)
+        column_s = scales(inverse_s, i_b, o_j, m_j, N, RAW_S)
+        column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
+        b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
+        b_s = relation_tile(
+            s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, PRECISION
+        )  # fmt: skip
+        b_j = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
+        b_t = relation_tile(
+            t_a, t_b, panel_t, b_j, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, PRECISION
+        )  # fmt: skip
+        if BOUNDED:
+            shift = tl.where(m_j, -scale, -float("inf"))
+            e_s = tl.exp2(b_s + shift)
+            e_t = tl.exp2(b_t + shift)
+        else:
+            absent = tl.where(m_j, 0.0, -float("inf")).to(TYPE)
+            max_s, lower_s = raised(max_s, tl.max(b_s + absent, 1))
+            max_t, lower_t = raised(max_t, tl.max(b_t + absent, 1))
+            sum_s *= lower_s
+            sum_t *= lower_t
+            weighted *= lower_t
+            e_s = tl.exp2(b_s + absent - max_s[:, None])
+            e_t = tl.exp2(b_t + absent - max_t[:, None])
+        sum_s += tl.sum(e_s, 1).to(tl.float64)
+        sum_t += tl.sum(e_t, 1).to(tl.float64)
+        weighted += tl.sum(e_t * (b_t - b_s), 1).to(tl.float64)
+    if BOUNDED:
+        max_s = tl.zeros([BLOCK_I], TYPE) + scale
+        max_t = max_s
+    m_row = tl.reshape(m_i, [BLOCK_I]) & (sum_s > 0)  # a sum of nothing: the image has no pixel that counts
+    LOG_2: tl.constexpr = 0.6931471805599453
+    sum_s = tl.where(m_row, sum_s, 1.0)
+    sum_t = tl.where(m_row, sum_t, 1.0)
+    value = (weighted / sum_t + (max_s.to(tl.float64) - max_t.to(tl.float64))) * LOG_2 + tl.log(sum_s / sum_t)
+    tl.store(values + tl.program_id(0), tl.sum(tl.where(m_row, value, 0.0)))
+    o_row = tl.reshape(o_i, [BLOCK_I])
+    p_kept = kept + pair * 4 * padded + o_row
+    m_kept = o_row < padded
+    # the infinite maximum makes every exponential of a row that does not count 0
+    tl.store(p_kept, tl.where(m_row, max_s, float("inf")), m_kept)
+    tl.store(p_kept + padded, tl.where(m_row, 1.0 / sum_s, 0.0).to(TYPE), m_kept)
+    tl.store(p_kept + 2 * padded, tl.where(m_row, max_t, float("inf")), m_kept)
+    tl.store(p_kept + 3 * padded, tl.where(m_row, 1.0 / sum_t, 0.0).to(TYPE), m_kept)
+
+
+@triton.jit
+def pair_factor(
+    upstream, pixels, i_a, i_b, B, N, scale, stride_ua, stride_ub, ACROSS: tl.constexpr, HAS_MASK: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """What the gradients of image a's rows, related to image b, are multiplied by."""
+    factor = tl.load(upstream + i_a * stride_ua + i_b * stride_ub).to(tl.float64)
+    factor *= scale * 0.6931471805599453 * image_share(pixels, i_a, B, N, HAS_MASK, MEAN)
+    if ACROSS:
+        factor *= image_weight(pixels, i_b, B, N, HAS_MASK, MEAN)
+    return factor.to(upstream.dtype.element_ty)
+
+
+@triton.jit
+def gradient_kernel(
+    student,  # [B, C_s, N]
+    teacher,  # [B, C_t, N]
+    inverse_s,  # [B, N]
+    inverse_t,  # [B, N]
+    mask,  # [B, N]
+    kept,  # [B, columns, 4, padded]
+    upstream,  # [], [B] or [B, B]
+    pixels,  # [B]
+    gradient,  # for the normalised student, [B, N, C_s]
+    scale_bits,
+    C_s,
+    C_t,
+    B,
+    N,
+    padded,
+    columns,
+    blocks,
+    stride_sb,
+    stride_sc,
+    stride_sp,
+    stride_tb,
+    stride_tc,
+    stride_tp,
+    stride_ua,
+    stride_ub,
+    ACROSS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MEAN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RAW_S: tl.constexpr,
+    RAW_T: tl.constexpr,
+    ALL_S: tl.constexpr,  # of the student's channels are in the first block
+    CHUNK: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_a = (tl.program_id(0) // blocks).to(tl.int64)
+    TYPE: tl.constexpr = kept.dtype.element_ty
+    double = scale_bits.to(tl.float64, bitcast=True)
+    scale = double.to(TYPE)
+    o_i = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
+    o_out = (tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[None, :].to(tl.int64)
+    m_i = counted(mask, i_a, o_i, N, HAS_MASK)
+    s_a = student + i_a * stride_sb
+    t_a = teacher + i_a * stride_tb
+    o_s = tl.arange(0, BLOCK_S).to(tl.int64)
+    o_t = tl.arange(0, BLOCK_T).to(tl.int64)
+    panel_s = load_panel(s_a, stride_sc, stride_sp, o_s[None, :], o_i, m_i, C_s, N, RAW_S)  # [BLOCK_I, BLOCK_S]
+    panel_t = load_panel(t_a, stride_tc, stride_tp, o_t[None, :], o_i, m_i, C_t, N, RAW_T)
+    row_s = scale * scales(inverse_s, i_a, o_i, m_i, N, RAW_S)  # [BLOCK_I, 1]
+    row_t = scale * scales(inverse_t, i_a, o_i, m_i, N, RAW_T)
+    total = tl.zeros([BLOCK_I, BLOCK_OUT], TYPE)
+    for column in range(columns):
+        i_b = tl.full((), column, tl.int64) if ACROSS else i_a
+        s_b = student + i_b * stride_sb
+        t_b = teacher + i_b * stride_tb
+        there = pair_factor(upstream, pixels, i_a, i_b, B, N, double, stride_ua, stride_ub, ACROSS, HAS_MASK, MEAN)
+        back = pair_factor(upstream, pixels, i_b, i_a, B, N, double, stride_ua, stride_ub, ACROSS, HAS_MASK, MEAN)
+        p_i = kept + (i_a * columns + column) * 4 * padded + o_i
+        p_b = kept + ((i_b * columns + i_a) if ACROSS else i_a) * 4 * padded
+        w_i = there * tl.load(p_i + padded, m_i, 0.0)
+        v_i = there * tl.load(p_i + 3 * padded, m_i, 0.0)
+        max_si = scale
+        max_ti = scale
+        if not BOUNDED:
+            max_si = tl.load(p_i, m_i, float("inf"))
+            max_ti = tl.load(p_i + 2 * padded, m_i, float("inf"))
+        for first in range(0, N, CHUNK):
+            b_g = tl.zeros([BLOCK_I, BLOCK_OUT], TYPE)
+            for j in range(first, tl.minimum(first + CHUNK, N), BLOCK_J):
+                o_j = (j + tl.arange(0, BLOCK_J))[None, :].to(tl.int64)
+                m_j = counted(mask, i_b, o_j, N, HAS_MASK)
+                column_s = scales(inverse_s, i_b, o_j, m_j, N, RAW_S)
+                column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
+                b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
+                b_s = relation_tile(
+                    s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, PRECISION
+                )  # fmt: skip
+                b_k = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
+                b_t = relation_tile(
+                    t_a, t_b, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, PRECISION
+                )  # fmt: skip
+                # columns that do not count are multiplied with zeros in the end
+                w_j = back * tl.load(p_b + padded + o_j, m_j, 0.0)
+                v_j = back * tl.load(p_b + 3 * padded + o_j, m_j, 0.0)
+                w_row = w_i
+                v_row = v_i
+                if RAW_S:  # the inverse norms of the second product
+                    w_row = w_i * column_s
+                    v_row = v_i * column_s
+                    w_j *= column_s
+                    v_j *= column_s
+                if BOUNDED:
+                    b_e = tl.exp2(b_s - scale) * (w_row + w_j) - tl.exp2(b_t - scale) * (v_row + v_j)
+                else:
+                    max_sj = tl.load(p_b + o_j, m_j, float("inf"))
+                    max_tj = tl.load(p_b + 2 * padded + o_j, m_j, float("inf"))
+                    b_e = tl.exp2(b_s - max_si) * w_row - tl.exp2(b_t - max_ti) * v_row
+                    b_e += tl.exp2(b_s - max_sj) * w_j - tl.exp2(b_t - max_tj) * v_j
+                    b_e = tl.where(m_j, b_e, 0.0)  # all that counts may lie far below a product with zeros
+                if ALL_S:
+                    b_j = tl.trans(b_j)  # [BLOCK_J, BLOCK_OUT]
+                else:
+                    b_j = load_panel(s_b, stride_sc, stride_sp, o_out, tl.trans(o_j), tl.trans(m_j), C_s, N, RAW_S)
+                if b_j.dtype == tl.bfloat16:
+                    high = b_e.to(tl.bfloat16)
+                    low = (b_e - high.to(tl.float32)).to(tl.bfloat16)
+                    b_g = tl.dot(high, b_j, b_g)
+                    b_g = tl.dot(low, b_j, b_g)
+                else:
+                    b_g = tl.dot(b_e, b_j.to(TYPE), b_g, input_precision=PRECISION, out_dtype=TYPE)
+            total += b_g
+    p_gradient = gradient + (i_a * N + o_i) * C_s + o_out
+    tl.store(p_gradient, total, (o_i < N) & (o_out < C_s))
+
+
+def bits_of(x: float) -> int:
+    """Of the double: a float argument of a kernel has 32."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+class Plan(NamedTuple):
+    """What forward and backward of a call share."""
+
+    tensors: tuple[torch.Tensor | None, ...]  # the kernels' first arguments
+    sizes: tuple[int, ...]  # channels of student and teacher
+    strides: tuple[int, ...]
+    student: Rows
+    type: torch.dtype
+    pixels: torch.Tensor | None  # of every image that count
+    scale: int
+    padded: int
+    blocks: int
+    flags: dict[str, Any]
+
+
+def plan_of(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    relation: str,
+    temperature: float,
+    across_images: bool,
+) -> Plan:
+    type = arithmetic(student, teacher)
+    s, t = (prepare(x, mask, relation, type) for x in (student, teacher))
+    double, half = type == torch.float64, s.raw and t.raw
+    BLOCK_I, BLOCK_J = (64, 32) if double else (128, 64) if half else (64, 64)
+    most = 32 if double else 128 if half else 64
+    padded = triton.cdiv(pixels_of(student), 64) * 64
+    flags = {
+        "ACROSS": across_images,
+        "HAS_MASK": mask is not None,
+        # e^(-2 / 0.05) is far from the smallest float
+        "BOUNDED": relation != "gram" and temperature >= 0.05,
+        "RAW_S": s.raw,
+        "RAW_T": t.raw,
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_J": BLOCK_J,
+        "BLOCK_S": min(max(triton.next_power_of_2(student.shape[1]), 16), most),
+        "BLOCK_T": min(max(triton.next_power_of_2(teacher.shape[1]), 16), most),
+        "PRECISION": "ieee" if double else "tf32x3",
+        "num_warps": 8 if half else 4,
+        "num_stages": 2 if half else 1,  # a second stage of fp32 would cost registers and half of the programs at once
+        "enable_fp_fusion": False,
+    }
+    if double and mask is not None:
+        mask = mask.to(torch.int64)  # Triton 3.6 multiplies no doubles that it finds to depend on narrower numbers
+    return Plan(
+        (s.x, t.x, s.inverse, t.inverse, mask),
+        (student.shape[1], teacher.shape[1]),
+        (*s.strides, *t.strides),
+        s,
+        type,
+        mask.flatten(1).sum(1) if mask is not None else None,
+        bits_of(1 / (temperature * math.log(2))),
+        padded,
+        triton.cdiv(padded, BLOCK_I),
+        flags,
+    )
+
+
+@operator()
+def pixel_relation_kl(
+    student: torch.Tensor,  # [B, C, *S]
+    teacher: torch.Tensor,  # [B, other C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    relation: str,
+    temperature: float,
+    across_images: bool,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, N = student.shape[0], pixels_of(student)
+    plan = plan_of(student, teacher, mask, relation, temperature, across_images)
+    columns = B if across_images else 1
+    kept = student.new_empty((B, columns, 4, plan.padded), dtype=plan.type)
+    values = student.new_empty((B * columns, plan.blocks), dtype=torch.float64)
+    rows_kernel[(B * columns * plan.blocks,)](
+        *plan.tensors,
+        kept,
+        values,
+        plan.scale,
+        *plan.sizes,
+        N,
+        plan.padded,
+        columns,
+        plan.blocks,
+        *plan.strides,
+        **plan.flags,
+    )
+    loss = student.new_empty((B,) * (1 + across_images) if reduction == "none" else (), dtype=plan.type)
+    add_values(
+        values, plan.pixels, loss, B, N, "rows", across_images, HAS_MASK=mask is not None, MEAN=reduction == "mean"
+    )
+    return loss, kept
+
+
+@operator()
+def pixel_relation_kl_backward(
+    student: torch.Tensor,  # [B, C, *S]
+    teacher: torch.Tensor,  # [B, other C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    rows: torch.Tensor,  # what the forward left, contiguous, in the type of the arithmetic
+    upstream: torch.Tensor,  # [], [B] or [B, B], in the type of the arithmetic
+    relation: str,
+    temperature: float,
+    across_images: bool,
+    reduction: str,
+) -> torch.Tensor:
+    B, C, N = student.shape[0], student.shape[1], pixels_of(student)
+    plan = plan_of(student, teacher, mask, relation, temperature, across_images)
+    all_channels = plan.flags["BLOCK_S"] >= C
+    BLOCK_OUT = plan.flags["BLOCK_S"] if all_channels else min(plan.flags["BLOCK_S"], 64)
+    gradient = student.new_empty((B, N, C), dtype=plan.type)
+    gradient_kernel[(B * plan.blocks, triton.cdiv(C, BLOCK_OUT))](
+        *plan.tensors,
+        rows,
+        upstream,
+        plan.pixels,
+        gradient,
+        plan.scale,
+        *plan.sizes,
+        B,
+        N,
+        plan.padded,
+        B if across_images else 1,
+        plan.blocks,
+        *plan.strides,
+        upstream.stride(0) if upstream.dim() > 0 else 0,
+        upstream.stride(1) if upstream.dim() > 1 else 0,
+        MEAN=reduction == "mean",
+        ALL_S=all_channels,
+        CHUNK=4096,
+        BLOCK_OUT=BLOCK_OUT,
+        **plan.flags,
+    )
+    return finish(gradient, plan.student, mask, relation, student)
