@@ -1,4 +1,4 @@
-"""What the losses share: maps of one size, the pixels that count, adapters, pooling, binary heads."""
+"""What the losses share: maps of one size, the pixels that count, adapters, binary heads."""
 
 from __future__ import annotations
 
@@ -46,12 +46,20 @@ def check_dims(student: torch.Tensor, teacher: torch.Tensor) -> None:
         )
 
 
+def averaged(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """`x` averaged to a `size` that is nowhere larger; regions of unequal size overlap by a pixel."""
+    have = x.shape[2:]
+    if not any(a % b for a, b in zip(have, size, strict=True)):  # whose gradient has the same bits on every run, in 2-D
+        return AVERAGE_POOL[x.dim() - 2](x, tuple(a // b for a, b in zip(have, size, strict=True)))
+    return ADAPTIVE_POOL[x.dim() - 2](x, tuple(size))
+
+
 def to_size(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """`x` at `size`: averaged along axes where it is larger, linear in between along axes where it is smaller."""
     dims, size = x.dim() - 2, tuple(size)
     smaller = tuple(min(a, b) for a, b in zip(x.shape[2:], size, strict=True))
     if x.shape[2:] != smaller:
-        x = ADAPTIVE_POOL[dims](wide(x), smaller)
+        x = averaged(wide(x), smaller)
     if smaller != size:
         x = F.interpolate(wide(x), size=size, mode=LINEAR[dims], align_corners=False)
     return x
@@ -70,8 +78,14 @@ def to_common_size(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.
     return to_size(student, size), to_size(teacher, size)
 
 
+def check_target(target: torch.Tensor) -> None:
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"target: got {type(target).__name__}, want labels [B, *S]; this loss needs them")
+
+
 def resized_labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Labels [B, *S] or [B, 1, *S] at the spatial size of `like`, by the nearest pixel (the lower index of two)."""
+    check_target(target)
     if target.dim() == like.dim() and target.shape[1] == 1:
         target = target.squeeze(1)
     if target.dim() != like.dim() - 1:
@@ -96,33 +110,6 @@ def mean_over(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         return value.mean()
     return torch.where(mask, value, 0).sum() / mask.sum().clamp(min=1)
-
-
-def pooled(
-    x: torch.Tensor, factor: int | None, mask: torch.Tensor | None, how: dict[int, Pool]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`x` pooled by `factor` over the pixels that count (a rest at the border over what is there), and where any counted."""
-    if factor is None or factor == 1:
-        return x, mask
-    pool, window = how[x.dim() - 2], tuple(min(factor, size) for size in x.shape[2:])
-    average = how is AVERAGE_POOL
-    settings = {"ceil_mode": True, "count_include_pad": False} if average else {"ceil_mode": True}
-    if mask is None:
-        return pool(x, window, **settings), None
-    mask = mask.unsqueeze(1)
-    share = pool(wide(mask), window, **settings)
-    left = share > 0
-    # selected, not multiplied: what lies outside may be infinite or no number
-    if average:
-        x = pool(torch.where(mask, wide(x), 0), window, **settings) / torch.where(left, share, 1)
-    else:
-        x = torch.where(left, pool(x.masked_fill(~mask, -torch.inf), window, **settings), 0)
-    return x, left.squeeze(1)
-
-
-def check_pool(pool: int | None) -> None:
-    if pool is not None and pool < 1:
-        raise ValueError(f"pool: got {pool}, want a whole number of at least 1, or None")
 
 
 def check_classes(num_classes: int, at_least: int = 1) -> None:
@@ -196,6 +183,7 @@ def as_two_classes(x: torch.Tensor) -> torch.Tensor:
 
 def labels_of_heads(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Labels of every head [B·C, *S] from [B, C, *S], or from [B, *S] or [B, 1, *S] that all heads share."""
+    check_target(target)
     if target.dim() == like.dim() - 1:
         target = target.unsqueeze(1)
     want = (like.shape[0], like.shape[1], *like.shape[2:])
