@@ -99,11 +99,15 @@ def nvcc() -> str:
 
 
 def compile_objects(jobs: list[tuple[Path, list[str]]], directory: Path, headers: Iterable[Path] = ()) -> list[Path]:
-    """Runs (source, command) pairs. An object is named after the content of what made it, and is made once."""
-    content = b"".join(path.read_bytes() for path in [*sorted(ROOT.glob("csrc/**/*.h")), *headers])
+    """Runs (source, command) pairs. An object is named after the content of what made it, and is made once.
+
+    That content is the source and the headers beside it, those that all share, and `headers`.
+    """
+    shared = [*sorted(ROOT.glob("csrc/*.h")), *sorted(ROOT.glob("csrc/math/*.h")), *headers]
 
     def one(job: tuple[Path, list[str]]) -> Path:
         source, command = job
+        content = b"".join(path.read_bytes() for path in [*shared, *sorted(source.parent.glob("*.h"))])
         key = hashlib.sha256(
             content + source.read_bytes() + " ".join([torch.__version__, *command]).encode()
         ).hexdigest()

@@ -26,6 +26,9 @@ with `ignore_index` count nowhere: in no sum, norm, softmax or denominator. With
 0. Labels are brought to a feature's size by the nearest pixel. Statistics over the batch (`DISTLoss`, `PKDLoss`, `SPLoss`) are those
 of the process's own batch; `sync=True` takes them over all processes of a distributed run.
 
+Maps of unequal size are brought to one size by PyTorch's pooling or linear interpolation. On CUDA the gradient of these (but of
+pooling in 2-D where one size divides the other) need not have the same bits on every run; nor has that of max-pooling in 3-D.
+
 **Weight** is the factor that the authors' code, or a named table, puts before the loss as it is defined here. **Cost** counts passes
 over student and teacher, forward and backward, and memory above the inputs.
 """

@@ -26,8 +26,8 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "channel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
     "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
-    "spatial_kl": {"cpu": ("cpp",)},
-    "class_pearson": {"cpu": ("cpp",)},
+    "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton",)},
+    "class_pearson": {"cpu": ("cpp",), "cuda": ("triton",)},
 }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import cuda_report
 import pytest
 import torch
 from operators import in_new_process
@@ -115,6 +116,14 @@ def test_the_cuda_library_needs_what_every_torch_with_cuda_exports() -> None:
     # static cudart, and nothing that the driver brings: a machine without a GPU can load it
     needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     assert "libtorch.so" in needed and not re.search(r"libcuda|libcudart", needed)
+
+
+def test_no_cuda_kernel_spills_registers() -> None:
+    if not (ROOT / "medkd_fast/_cuda.so").exists():
+        pytest.skip("medkd_fast/_cuda.so is not built")
+    found = cuda_report.kernels()
+    assert {kernel.target for kernel in found} == {"sm_80", "sm_90"}
+    assert not [kernel for kernel in found if kernel.stack or kernel.spilled]
 
 
 def build_wheel(tmp_path: Path, **environment: str) -> Path:

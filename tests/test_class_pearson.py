@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import forced
 from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
 from medkd_fast import class_pearson
 from medkd_fast.backend import kernel
+
+
+@pytest.fixture(params=["cpp", "triton", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """There is no CUDA C++ kernel yet."""
+    yield from forced(request.param)
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def fused(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from forced(request.param)
+
 
 SHAPES = [(2, 5, 9, 11), (1, 3, 4, 5, 6), (2, 4, 31), (3, 2, 1, 2), (1, 70, 5, 7), (1, 6, 97, 101)]
 

@@ -179,6 +179,18 @@ def test_a_smaller_student(composed: str, name: str) -> None:
         assert_close(value, want, 1e-10)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.resizes])
+def test_a_larger_student(cpp: str, name: str) -> None:
+    _, teacher, target = inputs()
+    student, case, loss = torch.randn(2, CLASSES, 2 * SIZE[0], SIZE[1], dtype=torch.float64), CASES[name], made(name)
+    if case.resizes == "teacher" and name.startswith(("kd", "dkd", "boundary", "dmd")) and name != "dmd enhanced":
+        with pytest.raises(ValueError, match=r"student: got spatial shape \(16, 6\), want at most the teacher's"):
+            call(name, loss, student, teacher, target)
+    elif name != "dmd enhanced":
+        want = call(name, loss, F.avg_pool2d(student, (2, 1)), teacher, target)
+        assert_close(call(name, loss, student, teacher, target), want, 1e-10)
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.adapts])
 def test_other_channels(composed: str, name: str) -> None:
     _, teacher, target = inputs()
@@ -280,5 +292,8 @@ def test_messages() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
+    for loss in (losses.IFVDLoss(3), losses.SDDLoss(), losses.BoundaryKDLoss()):
+        with pytest.raises(TypeError, match="target: got NoneType, want labels"):
+            loss(x, x, None)
     with pytest.raises(TypeError, match="target: got torch.float32, want integer labels"):
         losses.ATLoss()(x, x, y.float())

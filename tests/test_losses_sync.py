@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from operators import assert_close, in_new_process, value_and_gradient
+from sources import ROOT
 
 from medkd_fast import losses
 
@@ -43,6 +44,7 @@ def process(rank: int, folder: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
     in_new_process(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "import torch, test_losses_sync\n"
         f"torch.multiprocessing.spawn(test_losses_sync.process, ({str(folder)!r},), nprocs=2)\n"
     )

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import forced
 from operators import ROUNDING, assert_close, channels_last, over_threads, value_and_gradient
 
 import medkd_fast
 from medkd_fast import spatial_kl
 from medkd_fast.backend import kernel
+
+
+@pytest.fixture(params=["cpp", "triton", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """There is no CUDA C++ kernel yet."""
+    yield from forced(request.param)
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def fused(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from forced(request.param)
+
 
 SHAPES = [(2, 5, 9, 11), (1, 3, 4, 5, 6), (2, 4, 31), (3, 2, 1, 1), (1, 70, 5, 7), (1, 2, 97, 101)]
 
@@ -25,8 +40,7 @@ def formula(student: torch.Tensor, teacher: torch.Tensor, temperature: float, ma
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("masked", "reduction"), [(False, "mean"), (True, "mean"), (True, "sum"), (False, "none")])
 def test_equals_the_formula(backend: str, shape: tuple[int, ...], masked: bool, reduction: str) -> None:
     student, teacher = 3 * torch.randn(shape) + 50, 3 * torch.randn(shape) - 20
     mask = torch.rand(shape[0], *shape[2:]) < 0.7 if masked else None
@@ -150,7 +164,11 @@ def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
     for s, t in ((channels_last(student), channels_last(teacher)), (student, channels_last(teacher))):
         got = value_and_gradient(lambda x, t=t: spatial_kl(x, t), s)
         assert got[1].stride() == s.stride()
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        if fused == "cpp":
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        else:  # tiles of another form
+            assert_close(got[0], want[0], 1e-6)
+            assert_close(got[1], want[1], 1e-6)
     assert torch.equal(spatial_kl(wide[..., ::2], teacher), want[0])
 
 

@@ -123,8 +123,8 @@ __device__ __forceinline__ void pixels_in_registers(const PixelLoss& loss, const
           s[c][p] = own ? -infinity<A>() : s[c][p];
           t[c][p] = own ? -infinity<A>() : t[c][p];
         }
-        pixel[p].max_s = s[c][p] > pixel[p].max_s ? s[c][p] : pixel[p].max_s;
-        pixel[p].max_t = t[c][p] > pixel[p].max_t ? t[c][p] : pixel[p].max_t;
+        pixel[p].max_s = fmax(pixel[p].max_s, s[c][p]);  // one instruction, and NaN shows in the exponentials
+        pixel[p].max_t = fmax(pixel[p].max_t, t[c][p]);
       }
 #pragma unroll
   for (int p = 0; p < count; ++p) {

@@ -19,6 +19,7 @@ struct DirectLoss {
   int64_t tiles;    // of an image
 };
 
+// Blocks on a multiprocessor are asked for below: left alone, the compiler spills a few registers to fit one block more.
 constexpr int direct_threads = 128;
 
 // Pixels of a thread: as many as leave room for both networks' logits in 64 registers.
@@ -103,25 +104,24 @@ __device__ __forceinline__ void load_logits(const Planes& x, Access access, cons
   const int64_t offset = offset_of(x, tile.image, tile.first + tile.own);
   with_type<float>(x.type, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(x.data) + offset;
+    const T* from = static_cast<const T*>(x.data) + offset;  // moves on: a product for every class's address costs more
     if (access == Access::packed) {
       if (tile.own >= tile.length) return;
 #pragma unroll
-      for (int c = 0; c < max_classes; ++c)
+      for (int c = 0; c < max_classes; ++c, from += x.stride_c)
         if (c < classes) {
-          const Pack<T, count> pack = load_pack<count>(from + c * x.stride_c);
+          const Pack<T, count> pack = load_pack<count>(from);
 #pragma unroll
           for (int p = 0; p < count; ++p) out[c][p] = widen(pack.value[p]) * scale;
         }
       return;
     }
 #pragma unroll
-    for (int c = 0; c < max_classes; ++c)
+    for (int c = 0; c < max_classes; ++c, from += x.stride_c)
       if (c < classes)
 #pragma unroll
         for (int p = 0; p < count; ++p)
-          if (tile.own + p * tile.step < tile.length)
-            out[c][p] = widen(from[c * x.stride_c + p * tile.step * x.stride_n]) * scale;
+          if (tile.own + p * tile.step < tile.length) out[c][p] = widen(from[p * tile.step * x.stride_n]) * scale;
   });
 }
 
@@ -144,28 +144,27 @@ __device__ __forceinline__ void store_gradient(const Planes& x, Access access, c
     if (access == Access::packed) {
       if (tile.own >= tile.length) return;
 #pragma unroll
-      for (int c = 0; c < max_classes; ++c)
+      for (int c = 0; c < max_classes; ++c, to += x.stride_c)
         if (c < classes) {
           Pack<T, count> pack;
 #pragma unroll
           for (int p = 0; p < count; ++p) narrow(in[c][p], pack.value[p]);
-          store_pack(to + c * x.stride_c, pack);
+          store_pack(to, pack);
         }
       return;
     }
 #pragma unroll
-    for (int c = 0; c < max_classes; ++c)
+    for (int c = 0; c < max_classes; ++c, to += x.stride_c)
       if (c < classes)
 #pragma unroll
         for (int p = 0; p < count; ++p)
-          if (tile.own + p * tile.step < tile.length)
-            narrow(in[c][p], to[c * x.stride_c + p * tile.step * x.stride_n]);
+          if (tile.own + p * tile.step < tile.length) narrow(in[c][p], to[p * tile.step * x.stride_n]);
   });
 }
 
 // Shared memory: the block's sums, then the student's rows, which become the gradient's, then the teacher's.
 template <bool decoupled, int max_classes>
-__global__ void __launch_bounds__(direct_threads) register_kernel(DirectLoss direct) {
+__global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) register_kernel(DirectLoss direct) {
   constexpr int count = pixels_per_thread(max_classes);
   const PixelLoss& loss = direct.loss;
   const Tile<count> tile(direct);
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(direct_threads) register_kernel(DirectLoss dir
 
 // A pixel a lane, or, where a pixel's classes lie side by side, a warp.
 template <bool decoupled, int lanes, typename A>
-__global__ void __launch_bounds__(direct_threads) sweep_kernel(PixelLoss loss) {
+__global__ void __launch_bounds__(direct_threads, 4) sweep_kernel(PixelLoss loss) {
   const int64_t index = (int64_t{blockIdx.x} * direct_threads + threadIdx.x) / lanes;  // over all images
   const A scale = static_cast<A>(log2_e / loss.temperature);
   double sum[sums] = {};

@@ -46,12 +46,20 @@ def check_dims(student: torch.Tensor, teacher: torch.Tensor) -> None:
         )
 
 
+def averaged(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """`x` averaged to a `size` that is nowhere larger; regions of unequal size overlap by a pixel."""
+    have = x.shape[2:]
+    if not any(a % b for a, b in zip(have, size, strict=True)):  # whose gradient has the same bits on every run, in 2-D
+        return AVERAGE_POOL[x.dim() - 2](x, tuple(a // b for a, b in zip(have, size, strict=True)))
+    return ADAPTIVE_POOL[x.dim() - 2](x, tuple(size))
+
+
 def to_size(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """`x` at `size`: averaged along axes where it is larger, linear in between along axes where it is smaller."""
     dims, size = x.dim() - 2, tuple(size)
     smaller = tuple(min(a, b) for a, b in zip(x.shape[2:], size, strict=True))
     if x.shape[2:] != smaller:
-        x = ADAPTIVE_POOL[dims](wide(x), smaller)
+        x = averaged(wide(x), smaller)
     if smaller != size:
         x = F.interpolate(wide(x), size=size, mode=LINEAR[dims], align_corners=False)
     return x
@@ -70,8 +78,14 @@ def to_common_size(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.
     return to_size(student, size), to_size(teacher, size)
 
 
+def check_target(target: torch.Tensor) -> None:
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"target: got {type(target).__name__}, want labels [B, *S]; this loss needs them")
+
+
 def resized_labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Labels [B, *S] or [B, 1, *S] at the spatial size of `like`, by the nearest pixel (the lower index of two)."""
+    check_target(target)
     if target.dim() == like.dim() and target.shape[1] == 1:
         target = target.squeeze(1)
     if target.dim() != like.dim() - 1:
@@ -196,6 +210,7 @@ def as_two_classes(x: torch.Tensor) -> torch.Tensor:
 
 def labels_of_heads(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Labels of every head [B·C, *S] from [B, C, *S], or from [B, *S] or [B, 1, *S] that all heads share."""
+    check_target(target)
     if target.dim() == like.dim() - 1:
         target = target.unsqueeze(1)
     want = (like.shape[0], like.shape[1], *like.shape[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from medkd_fast.losses import common
 
@@ -39,12 +40,12 @@ class FitNetLoss(common.DistillationLoss):
         """student, teacher: features [B, C, *S]; target: labels, of any size."""
         student = common.adapted(self.adapter, common.to_teacher_size(student, teacher), teacher, self)
         mask = common.counted(target, teacher, self.ignore_index)
-        difference = common.wide(student) - common.wide(teacher)
+        s, t = common.wide(student), common.wide(teacher)
         if mask is None:
-            loss = difference.square().mean()
+            loss = F.mse_loss(s, t)
         else:
             # selected before the square, whose gradient would be no number where the features are none
-            kept = torch.where(mask.unsqueeze(1), difference, 0)
+            kept = torch.where(mask.unsqueeze(1), s - t, 0)
             loss = kept.square().sum() / (mask.sum() * teacher.shape[1]).clamp(min=1)
         self.parts = {"hint": loss.detach()}
         return loss

@@ -58,5 +58,9 @@ class IFVDLoss(common.DistillationLoss):
         means, _ = class_means(x, target, self.num_classes, 1e-6)
         own = target.clamp(min=0)
         products = (means.mT @ x).gather(1, own.unsqueeze(1)).squeeze(1)
-        norm = torch.linalg.vector_norm(means, dim=1).clamp_min(1e-8).gather(1, own)
-        return products / (norm * torch.linalg.vector_norm(x, dim=1).clamp_min(1e-8))
+        return products / (_norm(means).gather(1, own) * _norm(x))
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """max(L2 norm over dimension 1, 1e-8), with gradient 0 below that."""
+    return x.square().sum(1).clamp_min(1e-16).sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from medkd_fast.losses import common
 
@@ -57,41 +58,34 @@ class PKDLoss(common.DistillationLoss):
         s, t = (common.wide(x).flatten(2) for x in (student, teacher))
         if mask is not None:
             mask = mask.flatten(1).unsqueeze(1)
-            s, t = torch.where(mask, s, 0), torch.where(mask, t, 0)
-        scale_s, shift_s, number = self._standardisation(s, mask)
-        scale_t, shift_t, _ = self._standardisation(t, mask)
-        difference = s * scale_s - (t * scale_t + (shift_s - shift_t))
-        if mask is not None:
-            difference = torch.where(mask, difference, 0)
-        loss = 0.5 * difference.square().sum() / (number * s.shape[1]).clamp(min=1)
+        s, number = self._standardised(s, mask)
+        t, _ = self._standardised(t, mask)
+        loss = 0.5 * F.mse_loss(s, t, reduction="sum") / (number * s.shape[1]).clamp(min=1)
         self.parts = {"correlation": loss.detach()}
         return loss
 
-    def _standardisation(
-        self, x: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """a, b [C, 1] of a·x − b, standardised, and the number of pixels of a process, in the mean over the processes."""
+    def _standardised(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` [N, C, V] standardised, 0 where a pixel does not count; the number of pixels of the mean process."""
         if mask is None:
-            squares, mean = torch.var_mean(x, (0, 2), correction=0)
-            number = x.new_full((), x.shape[0] * x.shape[2])
-            squares = squares * number
+            number = x.new_full((1,), x.shape[0] * x.shape[2])
         else:
-            number = mask.sum().to(x.dtype)
-            mean = x.sum((0, 2)) / number.clamp(min=1)
-            squares = torch.where(mask, x - mean.unsqueeze(1), 0).square().sum((0, 2))
-        processes = 1
-        if self.sync and torch.distributed.is_initialized():
-            from torch.distributed.nn.functional import all_reduce
-
-            group = self.process_group or torch.distributed.group.WORLD
-            processes = torch.distributed.get_world_size(group)
-            own, own_number = mean, number
-            total = all_reduce(torch.cat([mean * number, number.reshape(1)]), group=group)
-            number = total[-1].detach()
-            mean = total[:-1] / number.clamp(min=1)
-            squares = all_reduce(squares + own_number * (own - mean).square(), group=group)
+            number, x = mask.sum().to(x.dtype).reshape(1), torch.where(mask, x, 0)
+        total, processes = self._reduced(torch.cat([x.sum((0, 2)), number]))
+        number = total[-1].detach()
+        x = x - (total[:-1] / number.clamp(min=1)).unsqueeze(1)
+        if mask is not None:
+            x = torch.where(mask, x, 0)
+        squares, _ = self._reduced(x.square().sum((0, 2)))
         variance = squares / (number - 1).clamp(min=1)
         varies = variance > 0
         deviation = torch.where(varies, torch.where(varies, variance, 1).sqrt(), 0) + 1e-6
-        scale = (1 / deviation).unsqueeze(1)
-        return scale, mean.unsqueeze(1) * scale, number / processes
+        return x * (1 / deviation).unsqueeze(1), number / processes
+
+    def _reduced(self, sums: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Sums over the processes with sync, with gradient, and how many there are."""
+        if not self.sync or not torch.distributed.is_initialized():
+            return sums, 1
+        from torch.distributed.nn.functional import all_reduce
+
+        group = self.process_group or torch.distributed.group.WORLD
+        return all_reduce(sums, group=group), torch.distributed.get_world_size(group)

@@ -67,6 +67,7 @@ class SDDLoss(common.DistillationLoss):
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """student, teacher: logit maps [N, C, *S]; target: labels [N], or dense [N, *S] or [N, 1, *S]."""
         common.check_dims(student, teacher)
+        common.check_target(target)
         classes = teacher.shape[1]
         if target.dim() == 1:
             regions = sum(scale ** (teacher.dim() - 2) for scale in self.scales)
@@ -111,16 +112,20 @@ class SDDLoss(common.DistillationLoss):
 
     def _averages(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Logits [N, C, R] averaged over every region of every scale, over the pixels that count."""
-        x, pool = common.wide(x), common.ADAPTIVE_POOL[x.dim() - 2]
+        x = common.wide(x)
         if mask is None:
-            return torch.cat([pool(x, scale).flatten(2) for scale in self.scales], 2)
+            return self._pyramid(x)
         mask = mask.unsqueeze(1)
-        x, share = torch.where(mask, x, 0), mask.to(x.dtype)
-        regions = []
-        for scale in self.scales:
-            part = pool(share, scale)
-            regions.append((pool(x, scale) / torch.where(part > 0, part, 1)).flatten(2))
-        return torch.cat(regions, 2)
+        share = self._pyramid(mask.to(x.dtype))
+        return self._pyramid(torch.where(mask, x, 0)) / torch.where(share > 0, share, 1)
+
+    def _pyramid(self, x: torch.Tensor) -> torch.Tensor:
+        """Means [N, C, R] over every region of every scale."""
+        dims, finest = x.dim() - 2, max(self.scales)
+        if not any(finest % scale for scale in self.scales) and not any(size % finest for size in x.shape[2:]):
+            # regions of equal size: a larger one's mean is that of its parts' means
+            x = common.averaged(x, [finest] * dims)
+        return torch.cat([common.averaged(x, [scale] * dims).flatten(2) for scale in self.scales], 2)
 
     def _majorities(self, target: torch.Tensor, classes: int) -> torch.Tensor:
         """The most frequent label [N, R] of every region of labels [N, *S] (−1: none), ignore_index where there is none."""

@@ -59,5 +59,5 @@ class SKDLoss(common.DistillationLoss):
 def _over_detached_norm(x: torch.Tensor) -> torch.Tensor:
     """Pixels over their constant norm, times √C, which the gram relation divides by."""
     x = common.wide(x)
-    norm = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
+    norm = x.detach().square().sum(1, keepdim=True).sqrt()
     return x * (x.shape[1] ** 0.5 / (norm + 1e-8))

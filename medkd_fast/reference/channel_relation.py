@@ -70,9 +70,20 @@ def channel_relation(
     if divergence == "mse":
         value = (relation_s - relation_t).square().mean((1, 2))
     else:
-        scores_s, scores_t = relation_s / temperature, relation_t / temperature
-        value = (scores_t.softmax(2) * (scores_t.log_softmax(2) - scores_s.log_softmax(2))).sum(2).mean(1)
+        log_s, log_t = ((x / temperature).log_softmax(2) for x in (relation_s, relation_t))
+        value = kl_of_rows(log_s, log_t).sum(2).mean(1)
     return reduce_images(value, valid, reduction)
+
+
+def kl_of_rows(log_s: torch.Tensor, log_t: torch.Tensor) -> torch.Tensor:
+    """Terms whose sum over a row is Σ e^{log_t} (log_t − log_s), none of them negative, so that none is lost near 0.
+
+    With d = log_s − log_t they are e^{log_t} (e^d − 1 − d), because both rows' probabilities have the same sum.
+    """
+    d, p = log_s - log_t, log_t.exp()
+    # e^d may overflow where p has underflown
+    gained = torch.where(d < 1, p * d.clamp(max=1).expm1(), log_s.exp() - p)
+    return gained - p * d
 
 
 def relation_matrix(

@@ -50,7 +50,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from medkd_fast.reference.channel_relation import prepare, reduce_images
+from medkd_fast.reference.channel_relation import kl_of_rows, prepare, reduce_images
 
 
 def pixel_relation(
@@ -72,16 +72,12 @@ def pixel_relation(
         value = (s - t).square().sum((2, 3)) / (counts_a * counts_b)
     else:
         s, t = s / temperature, t / temperature
-        if mask is None:
-            log_s, log_t = F.log_softmax(s, 3), F.log_softmax(t, 3)
-            difference = log_t - log_s
-        else:
-            rows = mask.flatten(1)  # [B, N]
-            columns = rows[None, :, None] if across_images else rows[:, None, None]
-            log_s, log_t = (F.log_softmax(x.masked_fill(~columns, -torch.inf), 3) for x in (s, t))
-            difference = (log_t - log_s).masked_fill(~(columns & rows[:, None, :, None]), 0)
-            log_t = log_t.masked_fill(~columns, -torch.inf)
-        value = (log_t.exp() * difference).sum((2, 3)) / counts_a
+        # [B, N]: which pixels count
+        rows = valid.new_ones(s.shape[0], s.shape[2], dtype=torch.bool) if mask is None else mask.flatten(1)
+        columns = rows[None, :, None] if across_images else rows[:, None, None]
+        counted = columns & rows[:, None, :, None]
+        log_s, log_t = (F.log_softmax(x.masked_fill(~columns, -torch.inf), 3).masked_fill(~counted, 0) for x in (s, t))
+        value = kl_of_rows(log_s, log_t).sum((2, 3)) / counts_a
     related = torch.minimum(valid.unsqueeze(1), valid) if across_images else valid
     return reduce_images(value if across_images else value.squeeze(1), related, reduction)
 

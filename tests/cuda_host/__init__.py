@@ -26,7 +26,7 @@ def build(sources: list[Path], name: str) -> Path:
     directory = ROOT / "build" / "cuda_host"
     command = [*setup.compiler().split(), *setup.FLAGS, *FLAGS, *setup.INCLUDES, *setup.TORCH_FLAGS]
     jobs = [(source, [*command, f'-DMEDKD_BACKEND="{name}"']) for source in [*sources, HERE / "emulator.cpp"]]
-    objects = setup.compile_objects(jobs, directory, sorted(HERE.glob("*.h")))
+    objects = setup.compile_objects(jobs, directory, [*sorted(HERE.glob("*.h")), *sorted(ROOT.glob("csrc/cuda/*.h"))])
     key = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()
     target = directory / f"{name}-{key[:16]}.so"
     if not target.exists():
