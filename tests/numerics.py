@@ -148,6 +148,24 @@ def relation(operator: str, relation: str, divergence: str) -> Setting:
     return Setting(f"{operator} {relation} {divergence}", loss, plain, partial(draw_features, rows), by_products)
 
 
+def by_definition(loss: Loss) -> Loss:
+    """The definition in fp32 for what is plain PyTorch already."""
+
+    def plain(*args: torch.Tensor) -> torch.Tensor:
+        with medkd_fast.use_backend("reference"):
+            return loss(*args)
+
+    return plain
+
+
+def spatial_kl(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return medkd_fast.spatial_kl(student, teacher, temperature=TEMPERATURE)
+
+
+def class_pearson(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return medkd_fast.class_pearson(student, teacher, temperature=TEMPERATURE).loss
+
+
 SETTINGS = {
     setting.name: setting
     for setting in (
@@ -170,6 +188,8 @@ SETTINGS = {
         relation("pixel_relation", "pearson", "kl"),
         relation("pixel_relation", "gram", "mse"),
         relation("pixel_relation", "gram", "kl"),
+        Setting("spatial_kl", spatial_kl, by_definition(spatial_kl), partial(draw_features, "channels")),
+        Setting("class_pearson", class_pearson, by_definition(class_pearson), partial(draw_logits, None)),
     )
 }
 

@@ -127,7 +127,7 @@ def tensors(call: Call) -> Tensors:
     if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
-    if call.operator in KINDS:
+    if call.operator in (*KINDS, "spatial_kl"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
@@ -145,7 +145,7 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
     if call.operator == "channel_gram":
         return medkd_fast.channel_gram(x, mask=drawn.mask, **call.settings)
     settings = {**call.settings, "reduction": call.reduction}
-    if call.operator in KINDS:
+    if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
     settings |= {"weight": drawn.weight, "ignore_index": 100}
     if call.operator == "decoupled_kl":
@@ -194,6 +194,31 @@ def logit_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
     undefined = each.isinf().double().unsqueeze(1)
     gradient, undefined = (adjoint(x, call.low or call.size) for x in (gradient, undefined))
     return Bounds(value if call.reduction == "none" else value.sum(), gradient, undefined > 0)
+
+
+def spatial_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    """As for logits, with a row's pixels as classes; an entry's gradient is wrong in proportion to its probabilities."""
+    temperature = call.settings["temperature"]
+    counts = drawn.keep.unsqueeze(1)
+    largest = torch.zeros(call.images, call.channels, *[1] * len(call.size), dtype=torch.float64)
+    probability = torch.zeros(drawn.student.shape, dtype=torch.float64)
+    for x in drawn[:2]:
+        u = torch.where(counts, x.double(), -torch.inf).flatten(2) / temperature
+        if u.numel():
+            finite = u.nan_to_num(0, 0, 0).abs().amax(2)
+            largest += finite.reshape(largest.shape)
+            probability += u.softmax(2).nan_to_num().reshape(probability.shape)
+    valid = drawn.keep.flatten(1).any(1).double().reshape(-1, *[1] * (largest.dim() - 1))
+    share = valid / (valid.sum().clamp(min=1) * call.channels) if call.reduction == "mean" else valid
+    value = share * temperature**2 * (1 + largest).square()
+    v = upstream.double().abs()
+    v = v.reshape(largest.shape) if v.dim() else v
+    gradient = v * share * temperature * (1 + largest) * probability.clamp(min=1e-30)  # smaller ones underflow
+    undefined = torch.zeros_like(probability, dtype=torch.bool)
+    if call.absent == "student":
+        undefined[:, -1:] = True
+    each = value.flatten(1) if call.reduction == "none" else value.sum()
+    return Bounds(each, gradient, undefined)
 
 
 def rows_of(call: Call, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,7 +309,8 @@ def check(call: Call) -> None:
             lambda x: run(call, layout(x), drawn, drawn.teacher), drawn.student, upstream
         )
 
-    bounds = (relation_bounds if call.operator in KINDS else logit_bounds)(call, drawn, upstream)
+    of = relation_bounds if call.operator in KINDS else logit_bounds
+    bounds = (spatial_bounds if call.operator == "spatial_kl" else of)(call, drawn, upstream)
     double = torch.float64 in (call.student_dtype, call.teacher_dtype)
     assert value.dtype == (torch.float64 if double else torch.float32)
     assert gradient.dtype == call.student_dtype
@@ -371,6 +397,13 @@ def logit_calls(draw: st.DrawFn, operator: str) -> Call:
     )
 
 
+@st.composite
+def spatial_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("spatial_kl", (700, 32, 11)).items()}
+    absent = draw(st.sampled_from(["none", "none", "both", "teacher", "student"]))
+    return Call(**drawn, settings={"temperature": draw(temperatures())}, absent=absent)
+
+
 #: What the relations are built for, with the divergences of the losses.
 KINDS: dict[str, list[tuple[str, str | None]]] = {
     "channel_relation": [(relation, "mse") for relation in ("cosine", "pearson", "gram", "row", "softmax")]
@@ -403,12 +436,13 @@ def relation_calls(draw: st.DrawFn, operator: str, relation: str, divergence: st
 
 #: Every operator and relation: generated calls, and the share of all examples that they get.
 CALLS: dict[str, tuple[st.SearchStrategy[Call], float]] = {
-    operator: (logit_calls(operator), 1 / 6) for operator in ("decoupled_kl", "class_kl")
+    operator: (logit_calls(operator), 1 / 7) for operator in ("decoupled_kl", "class_kl")
 }
+CALLS["spatial_kl"] = spatial_calls(), 1 / 7
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))
-        CALLS[name] = (relation_calls(operator, *kind), 1 / 6 / len(kinds))
+        CALLS[name] = (relation_calls(operator, *kind), 1 / 7 / len(kinds))
 
 
 @pytest.fixture
