@@ -20,8 +20,8 @@ import torch
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 #: Operators and, fastest first, the fused backends that have them by device type. (CPU: one backend, nothing to measure.)
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
-    "decoupled_kl": {"cpu": ("cpp",), "cuda": ("cuda",)},
-    "class_kl": {"cpu": ("cpp",), "cuda": ("cuda",)},
+    "decoupled_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "class_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "channel_gram": {"cpu": ("cpp",)},
     "channel_relation": {"cpu": ("cpp",)},
     "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton",)},

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
 import medkd_fast
-from medkd_fast.backend import kernel
+from medkd_fast.backend import INTERPRETED, kernel
 from medkd_fast.functional import class_kl, decoupled_kl
 
 Loss = Callable[..., torch.Tensor]
@@ -64,6 +64,8 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "low"), SHAPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_equals_the_definition(loss: Loss, backend: str, shape, low, reduction: str) -> None:
+    if backend == "triton" and INTERPRETED and reduction == "sum" and low is not None:
+        pytest.skip("slow in the interpreter; the mean is this sum divided")
     student, teacher, target = sample(shape, low)
     weight = torch.rand(target.shape)
     upstream = torch.randn(target.shape if reduction == "none" else (), dtype=torch.float64)
@@ -95,7 +97,10 @@ def test_gradcheck(loss: Loss, backend: str, low, reduction: str) -> None:
     weight = torch.rand(target.shape, dtype=torch.float64)
     student.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: loss(x, teacher, target, weight=weight, reduction=reduction), student, check_undefined_grad=False
+        lambda x: loss(x, teacher, target, weight=weight, reduction=reduction),
+        student,
+        check_undefined_grad=False,
+        fast_mode=backend == "triton",  # one direction instead of every entry: an interpreter is slow
     )
 
 
@@ -368,9 +373,15 @@ def test_double_backward_of_the_reference(loss: Loss) -> None:
         assert torch.autograd.gradgradcheck(lambda x: loss(x, teacher, target), student)
 
 
-def test_same_bits_for_any_number_of_threads(loss: Loss, backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("torch's own sums promise no such thing")
+def test_same_bits_every_time(loss: Loss, fused: str) -> None:
+    for low in (None, (5, 8)):
+        student, teacher, target = sample((2, 3, 20, 32), low)
+        s, t = student.float(), teacher.float()
+        first, second = (value_and_gradient(lambda x: loss(x, t, target), s) for _ in range(2))  # noqa: B023
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_same_bits_for_any_number_of_threads(loss: Loss, cpp: str) -> None:
     for low in (None, (25, 40)):
         student, teacher, target = sample((3, 9, 100, 160), low)
         s, t = student.float(), teacher.float()

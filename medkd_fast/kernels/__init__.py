@@ -1,3 +1,12 @@
 """Triton kernels: importing this registers them as torch.ops.medkd_fast.<operator>_triton."""
 
-from medkd_fast.kernels import class_pearson, pixel_affinity, pixel_relation, pixel_relation_kl, spatial_kl  # noqa: F401
+from medkd_fast.kernels import (  # noqa: F401
+    class_kl,
+    class_pearson,
+    decoupled_kl,
+    pixel_affinity,
+    pixel_relation,
+    pixel_relation_kl,
+    scale_gradient,
+    spatial_kl,
+)

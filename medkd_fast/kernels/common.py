@@ -25,7 +25,8 @@ def operator(*, mutates: tuple[str, ...] = ()) -> Callable[[Launcher], Launcher]
 
         name = f"{launch.__name__}_triton"
         _LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
-        _LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
+        for key in ("CUDA", "CPU"):  # the CPU's for the interpreter
+            _LIBRARY.impl(name, on_its_device, key)
         return launch
 
     return register

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, pooling
 
 
 class CIRKDLoss(common.DistillationLoss):
@@ -37,7 +37,7 @@ class CIRKDLoss(common.DistillationLoss):
 
     def __init__(self, temperature: float = 0.1, pool: int | None = None, ignore_index: int = -100) -> None:
         super().__init__()
-        common.check_pool(pool)
+        pooling.check_pool(pool)
         self.temperature = temperature
         self.pool = pool
         self.ignore_index = ignore_index
@@ -46,8 +46,8 @@ class CIRKDLoss(common.DistillationLoss):
         """student, teacher: features [B, C, *S]; target: labels, of any size."""
         student, teacher = common.to_common_size(student, teacher)
         mask = common.counted(target, student, self.ignore_index)
-        student, left = common.pooled(student, self.pool, mask, common.AVERAGE_POOL)
-        teacher, _ = common.pooled(teacher, self.pool, mask, common.AVERAGE_POOL)
+        student, left = pooling.average_pooled(student, self.pool, mask)
+        teacher, _ = pooling.average_pooled(teacher, self.pool, mask)
         loss = functional.pixel_relation(
             student, teacher, divergence="kl", temperature=self.temperature, mask=left, across_images=True
         )

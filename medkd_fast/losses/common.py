@@ -1,4 +1,4 @@
-"""What the losses share: maps of one size, the pixels that count, adapters, pooling, binary heads."""
+"""What the losses share: maps of one size, the pixels that count, adapters, binary heads."""
 
 from __future__ import annotations
 
@@ -110,33 +110,6 @@ def mean_over(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         return value.mean()
     return torch.where(mask, value, 0).sum() / mask.sum().clamp(min=1)
-
-
-def pooled(
-    x: torch.Tensor, factor: int | None, mask: torch.Tensor | None, how: dict[int, Pool]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`x` pooled by `factor` over the pixels that count (a rest at the border over what is there), and where any counted."""
-    if factor is None or factor == 1:
-        return x, mask
-    pool, window = how[x.dim() - 2], tuple(min(factor, size) for size in x.shape[2:])
-    average = how is AVERAGE_POOL
-    settings = {"ceil_mode": True, "count_include_pad": False} if average else {"ceil_mode": True}
-    if mask is None:
-        return pool(x, window, **settings), None
-    mask = mask.unsqueeze(1)
-    share = pool(wide(mask), window, **settings)
-    left = share > 0
-    # selected, not multiplied: what lies outside may be infinite or no number
-    if average:
-        x = pool(torch.where(mask, wide(x), 0), window, **settings) / torch.where(left, share, 1)
-    else:
-        x = torch.where(left, pool(x.masked_fill(~mask, -torch.inf), window, **settings), 0)
-    return x, left.squeeze(1)
-
-
-def check_pool(pool: int | None) -> None:
-    if pool is not None and pool < 1:
-        raise ValueError(f"pool: got {pool}, want a whole number of at least 1, or None")
 
 
 def check_classes(num_classes: int, at_least: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, pooling
 
 
 class CPKDLoss(common.DistillationLoss):
@@ -59,7 +59,7 @@ class CPKDLoss(common.DistillationLoss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        common.check_pool(pool)
+        pooling.check_pool(pool)
         self.channel_weight = channel_weight
         self.pixel_weight = pixel_weight
         self.relation = relation
@@ -84,8 +84,8 @@ class CPKDLoss(common.DistillationLoss):
                 mask=mask,
             )
         if self.pixel_weight:
-            student, left = common.pooled(student, self.pool, mask, common.AVERAGE_POOL)
-            teacher, _ = common.pooled(teacher, self.pool, mask, common.AVERAGE_POOL)
+            student, left = pooling.average_pooled(student, self.pool, mask)
+            teacher, _ = pooling.average_pooled(teacher, self.pool, mask)
             parts["pixel"] = functional.pixel_relation(
                 student,
                 teacher,

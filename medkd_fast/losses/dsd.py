@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, pooling
 from medkd_fast.losses.attention import attention_map
 
 
@@ -53,7 +53,7 @@ class DSDLoss(common.DistillationLoss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        common.check_pool(pool)
+        pooling.check_pool(pool)
         self.category_weight = category_weight
         self.pixel_weight = pixel_weight
         self.temperature = temperature
@@ -81,8 +81,8 @@ class DSDLoss(common.DistillationLoss):
     def _category(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
         student, teacher = common.to_common_size(student, teacher)
         mask = common.counted(target, student, self.ignore_index)
-        student, left = common.pooled(student, self.pool, mask, common.AVERAGE_POOL)
-        teacher, _ = common.pooled(teacher, self.pool, mask, common.AVERAGE_POOL)
+        student, left = pooling.average_pooled(student, self.pool, mask)
+        teacher, _ = pooling.average_pooled(teacher, self.pool, mask)
         return functional.channel_relation(
             student, teacher, relation="softmax", temperature=self.temperature, mask=left
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, pooling
 
 
 class SKDLoss(common.DistillationLoss):
@@ -36,7 +36,7 @@ class SKDLoss(common.DistillationLoss):
 
     def __init__(self, pool: int = 2, detach_norm: bool = False, ignore_index: int = -100) -> None:
         super().__init__()
-        common.check_pool(pool)
+        pooling.check_pool(pool)
         self.pool = pool
         self.detach_norm = detach_norm
         self.ignore_index = ignore_index
@@ -45,8 +45,8 @@ class SKDLoss(common.DistillationLoss):
         """student, teacher: features [B, C, *S]; target: labels, of any size."""
         student, teacher = common.to_common_size(student, teacher)
         mask = common.counted(target, student, self.ignore_index)
-        student, left = common.pooled(student, self.pool, mask, common.MAX_POOL)
-        teacher, _ = common.pooled(teacher, self.pool, mask, common.MAX_POOL)
+        student, left = pooling.max_pooled(student, self.pool, mask)
+        teacher, _ = pooling.max_pooled(teacher, self.pool, mask)
         relation = "cosine"
         if self.detach_norm:
             student, teacher = _over_detached_norm(student), _over_detached_norm(teacher)
