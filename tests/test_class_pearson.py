@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import forced
 from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
 from medkd_fast import class_pearson
 from medkd_fast.backend import kernel
+
+
+@pytest.fixture
+def cuda() -> Iterator[str]:
+    yield from forced("cuda")
+
 
 SHAPES = [(2, 5, 9, 11), (1, 3, 4, 5, 6), (2, 4, 31), (3, 2, 1, 2), (1, 70, 5, 7), (1, 6, 97, 101)]
 
@@ -72,6 +81,16 @@ def test_double_precision(fused: str) -> None:
     want, want_gradient = value_and_gradient(lambda x: sum(formula(x, teacher, 1.0)), student)
     assert_close(value, want, 1e-12)
     assert_close(gradient, want_gradient, 1e-12)
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(17, torch.float32), (3, torch.float64)], ids=str)
+def test_cuda_blocks_of_several_tiles(cuda: str, classes: int, dtype: torch.dtype) -> None:
+    """More tiles of 128 pixels than there are slots for sums."""
+    student, teacher = (torch.randn(1, classes, 512, 520, dtype=dtype) for _ in range(2))
+    value, gradient = value_and_gradient(lambda x: class_pearson(x, teacher).loss, student)
+    want, want_gradient = value_and_gradient(lambda x: sum(formula(x, teacher, 1.0)), student.double())
+    assert_close(value, want, 1e-6 if dtype == torch.float32 else 1e-12)
+    assert_close(gradient, want_gradient, 1e-5 if dtype == torch.float32 else 1e-10)
 
 
 def test_gradcheck(backend: str) -> None:
