@@ -230,21 +230,6 @@ inline void pair_sums(const PixelPairs<A>& pairs, const PanelPair& range, const 
   running_sums(pairs, range, rows_i, rows_j);
 }
 
-// a b - c d for a and c not negative: nothing is lost when a is near c and b near d, the result is 0 when they are
-// equal, and no term is larger than twice the larger product. (Of two products one would go unrounded into a fused
-// multiply-subtract.)
-template <typename A>
-MEDKD_INLINE A difference_of_products(A a, A b, A c, A d) {
-  const bool less = absolute(b) < absolute(d);
-  return (a - c) * (less ? b : d) + (less ? c : a) * (b - d);
-}
-
-// Relative to a row's maximum. The 0 of a column that does not count may lie far above it.
-template <typename A>
-MEDKD_INLINE A exp_below(A x, A maximum) {
-  return exp_nonpositive(x < maximum ? x - maximum : A(0));
-}
-
 // From relations, or logits if the pairs are not bounded: s[i, j] becomes the gradient of the loss for <s_i, s_j> taken as
 // row i's and as row j's entry together. Pixels that do not count have any number here: they are multiplied with zeros, and
 // what comes out for them is not used.

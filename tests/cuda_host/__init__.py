@@ -7,6 +7,7 @@ the sources, its elementary functions, and a race inside a warp between two of i
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def build(sources: list[Path], name: str) -> Path:
     target = directory / f"{name}-{key[:16]}.so"
     if not target.exists():
         libraries = [f"-L{setup.TORCH_LIBRARIES}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        partial = target.with_suffix(".partial")
+        partial = target.with_suffix(f".{os.getpid()}.partial")  # another process may be at it too
         setup.run([*setup.compiler().split(), "-shared", "-o", str(partial), *map(str, objects), *libraries])
         partial.replace(target)
     return target
