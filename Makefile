@@ -40,8 +40,9 @@ help:
 demo: .venv/demo-$(KEY)
 	$(BIN)/medkd-fast demo $(ARGS)
 
+# As many processes as cores; a thread waiting for others must not take the core that they need.
 test: .venv/test-$(KEY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto $(ARGS)
 
 fuzz: .venv/test-$(KEY)
 	MEDKD_FAST_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
