@@ -154,7 +154,11 @@ def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
         else:  # tiles of another form
             assert_close(got[0], want[0], 1e-6)
             assert_close(got[1], want[1], 1e-6)
-    assert torch.equal(spatial_kl(wide[..., ::2], teacher), want[0])
+    strided = spatial_kl(wide[..., ::2], teacher)
+    if fused == "triton":  # likewise
+        assert_close(strided, want[0], 1e-6)
+    else:
+        assert torch.equal(strided, want[0])
 
 
 def test_same_bits_for_any_number_of_threads(cpp: str) -> None:
