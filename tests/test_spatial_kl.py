@@ -97,6 +97,12 @@ def test_absent_pixels(backend: str) -> None:
     assert_close(gradient, want_gradient, 1e-6)
     assert spatial_kl(both[0], teacher) == torch.inf
     assert spatial_kl(student, both[1]).isfinite()
+    # also where the teacher's probability underflows, in a piece of the row whose maximum is far below another's
+    student, teacher = torch.randn(1, 1, 100, 170), torch.randn(1, 1, 100, 170)
+    student[..., 3, 5] = -torch.inf
+    teacher[..., 60:, :] += 1e4
+    assert spatial_kl(student, teacher, temperature=1.0) == torch.inf
+    student, teacher = torch.randn(1, 2, 6, 7), torch.randn(1, 2, 6, 7)
     nowhere = torch.full_like(student, -torch.inf)
     value, gradient = value_and_gradient(lambda x: spatial_kl(x, nowhere), student)
     assert value == 0 and (gradient == 0).all()

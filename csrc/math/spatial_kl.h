@@ -19,8 +19,8 @@ MEDKD_INLINE double moved(double from, double to) { return from == to ? 0.0 : fr
 // The piece with its sums relative to the maxima `max_s` and `max_t`, which are not smaller than its own.
 MEDKD_INLINE void raise_maxima(RowPiece& piece, double max_s, double max_t) {
   const double by_s = moved(piece.max_s, max_s), by_t = moved(piece.max_t, max_t);
-  // without the teacher there is nothing to weigh, without the student it is infinitely far already
-  if (piece.sum_t > 0 && piece.sum_s > 0) piece.weighted = exp(by_t) * (piece.weighted + piece.sum_t * (by_t - by_s));
+  // without the teacher there is nothing to weigh; what is infinitely far stays so
+  if (piece.sum_t > 0 && piece.weighted != infinity<double>()) piece.weighted = exp(by_t) * (piece.weighted + piece.sum_t * (by_t - by_s));
   piece.sum_s *= exp(by_s);
   piece.sum_t *= exp(by_t);
   piece.max_s = max_s;

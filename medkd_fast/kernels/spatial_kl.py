@@ -40,9 +40,9 @@ def moved(x, to):
 def raised(max_s, sum_s, max_t, sum_t, weighted, to_s, to_t):
     """Sums relative to the maxima to_s and to_t, which are not smaller."""
     by_s, by_t = moved(max_s, to_s), moved(max_t, to_t)
-    # without the teacher there is nothing to weigh, without the student it is infinitely far already
-    both = (sum_t > 0) & (sum_s > 0)
-    weighted = tl.where(both, tl.exp2(by_t) * (weighted + sum_t * tl.where(both, by_t - by_s, 0.0)), weighted)
+    # without the teacher there is nothing to weigh; what is infinitely far stays so
+    moves = (sum_t > 0) & (weighted != float("inf"))
+    weighted = tl.where(moves, tl.exp2(by_t) * (weighted + sum_t * tl.where(moves, by_t - by_s, 0.0)), weighted)
     return sum_s * tl.exp2(by_s), sum_t * tl.exp2(by_t), weighted
 
 
