@@ -22,8 +22,8 @@ BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
-    "channel_gram": {"cpu": ("cpp",)},
-    "channel_relation": {"cpu": ("cpp",)},
+    "channel_gram": {"cpu": ("cpp",), "cuda": ("triton",)},
+    "channel_relation": {"cpu": ("cpp",), "cuda": ("triton",)},
     "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton",)},
     "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton",)},
     "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton",)},
