@@ -71,7 +71,7 @@ SHAPES = [
     (2, 4, 31),
 ]
 #: In an interpreter: as many blocks of channels, and images, as there are kinds of them.
-INTERPRETED = {(2, 67, 24, 23): (1, 67, 7, 9), (2, 300, 5, 6): (1, 140, 5, 6), (70, 3, 4, 5): (9, 3, 4, 5)}
+INTERPRETED = {(2, 67, 24, 23): (1, 67, 5, 7), (2, 300, 5, 6): (1, 131, 3, 5), (70, 3, 4, 5): (3, 3, 4, 5)}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -6,11 +6,11 @@ What is multiplied, Y, is made from the features as they are loaded: "plain"; "c
 (pearson); "exponential", of the channel minus its maximum (softmax). The last two come with the channels' sums, as products
 with a row of ones. Masked pixels are 0.
 
-A program multiplies a slot of pixels, and the slots are added in double in their order. Within a slot a tl.dot of 32 pixels
-starts from zero and is added with correct rounding. fp32 is multiplied as three products of TF32 numbers, which lose at most 2^-21 of |y_i| |y_j| and of either
-sign, so less than rounding each product to fp32 in sums of this length; halves that are not shifted are multiplied as they
-are, without any loss. Doubles are transformed beforehand: Triton 3.6 multiplies none that it finds to depend on narrower
-numbers, as a mask.
+A program multiplies a slot of pixels, and the slots are added in double in their order. Within a slot a tl.dot of at most
+128 pixels starts from zero and is added with correct rounding. fp32 is multiplied as three products of TF32 numbers, which
+lose at most 2^-21 of |y_i| |y_j|, of either sign: in such sums less than their additions. Halves that are not shifted are
+multiplied as they are, without any loss. Doubles are transformed beforehand: Triton 3.6 multiplies none that it finds to
+depend on narrower numbers, as a mask.
 """
 
 import math
@@ -384,9 +384,9 @@ def products(
         products_kernel[(B * slots * pairs,)](
             features.x, mask, shift_i, partial[i], C, W, N, slots, pairs, *features.strides, features.to_base_2,
             FEATURES=features.load, SUMS=shifted, HAS_MASK=features.load_mask, ONE_BLOCK=blocks == 1, SLOT=SLOT,
-            BLOCK_C=BLOCK_C, BLOCK_P=32, PRECISION=precision_of(type), num_stages=3,
+            BLOCK_C=BLOCK_C, BLOCK_P=2048 // BLOCK_C, PRECISION=precision_of(type), num_stages=3,
         )  # fmt: skip
-    add_slots_kernel[(len(tensors) * B, triton.cdiv(C * W, 128))](partial, sums, C, W, slots, BLOCK_SLOTS=16, BLOCK=128)
+    add_slots_kernel[(len(tensors) * B, triton.cdiv(C * W, 512))](partial, sums, C, W, slots, BLOCK_SLOTS=4, BLOCK=512)
     return sums, shift
 
 
@@ -406,6 +406,6 @@ def gradient(
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, features.to_base_2,
         LOAD=features.load, FEATURES=SHIFTED.get(relation, "plain"), HAS_MASK=mask is not None,
         LOAD_MASK=features.load_mask, ONE_BLOCK=blocks == 1, PART=PART, BLOCK_C=BLOCK_C,
-        BLOCK_P=32 if type == torch.float64 else 64, PRECISION=precision_of(type), num_stages=2,
+        BLOCK_P=(2048 if type == torch.float64 else 4096) // BLOCK_C, PRECISION=precision_of(type), num_stages=2,
     )  # fmt: skip
     return result if written is result else result.copy_(written)
