@@ -40,8 +40,9 @@ help:
 demo: .venv/demo-$(KEY)
 	$(BIN)/medkd-fast demo $(ARGS)
 
+# As many processes as cores; a thread waiting for others must not take the core that they need.
 test: .venv/test-$(KEY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto $(ARGS)
 
 fuzz: .venv/test-$(KEY)
 	MEDKD_FAST_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
@@ -50,7 +51,7 @@ fuzz: .venv/test-$(KEY)
 # which is slow and not ours, and a measurement of memory, which the sanitizer has its own of. Its report is lost when pytest
 # captures the descriptors.
 OPERATOR_TESTS = $(wildcard tests/test_*_kl.py tests/test_*relation*.py tests/test_*gram.py tests/test_*affinity.py)
-OPERATOR_TESTS += tests/test_pixel_loss.py tests/test_fuzz.py tests/test_threads.py
+OPERATOR_TESTS += tests/test_pixel_loss.py tests/test_class_pearson.py tests/test_fuzz.py tests/test_threads.py
 sanitize: .venv/test-$(KEY)
 	MEDKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \

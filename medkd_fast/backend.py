@@ -22,12 +22,12 @@ BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
-    "channel_gram": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "channel_relation": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "class_pearson": {"cpu": ("cpp",), "cuda": ("triton",)},
+    "channel_gram": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "channel_relation": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "class_pearson": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
 }
 
 

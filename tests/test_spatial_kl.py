@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forced
 from operators import ROUNDING, assert_close, channels_last, over_threads, value_and_gradient
 
 import medkd_fast
 from medkd_fast import spatial_kl
 from medkd_fast.backend import kernel
-
-
-@pytest.fixture(params=["cpp", "triton", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """There is no CUDA C++ kernel yet."""
-    yield from forced(request.param)
-
-
-@pytest.fixture(params=["cpp", "triton"])
-def fused(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from forced(request.param)
-
 
 SHAPES = [(2, 5, 9, 11), (1, 3, 4, 5, 6), (2, 4, 31), (3, 2, 1, 1), (1, 70, 5, 7), (1, 2, 97, 101)]
 
@@ -155,7 +140,7 @@ def test_half_precision(backend: str, half: torch.dtype) -> None:
         assert_close(gradient, want_gradient, 1e-5 + 2 * ROUNDING[s.dtype])
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 20, 4, 5, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 20, 4, 5, 6), (1, 34, 37, 41)], ids=str)
 def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
     student, teacher = torch.randn(shape), torch.randn(shape)
     wide = torch.randn(*shape[:-1], 2 * shape[-1])
@@ -169,7 +154,11 @@ def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
         else:  # tiles of another form
             assert_close(got[0], want[0], 1e-6)
             assert_close(got[1], want[1], 1e-6)
-    assert torch.equal(spatial_kl(wide[..., ::2], teacher), want[0])
+    strided = spatial_kl(wide[..., ::2], teacher)
+    if fused == "triton":  # likewise
+        assert_close(strided, want[0], 1e-6)
+    else:
+        assert torch.equal(strided, want[0])
 
 
 def test_same_bits_for_any_number_of_threads(cpp: str) -> None:

@@ -77,7 +77,7 @@ inline void relation_tile(const A* panels, int64_t channels, int64_t i, int64_t 
   tile_product<true, false>(panels + i * channels * tile, tile, channels, panels + j * channels * tile, out, factor);
 }
 
-// Sums with `scale` as every maximum: an entry's exponentials serve its row and its column. Rows are added up in lanes, to
+// Sums with `scale` as every maximum, and s - 1 exact for the largest entries: an entry's exponentials serve its row and its column. Rows are added up in lanes, to
 // be gathered when all their tiles are through; columns after every tile.
 template <typename A>
 inline void add_bounded(const A* s, const A* t, A scale, const A* valid_i, const A* valid_j, Vector<A>* rows,
@@ -93,8 +93,8 @@ inline void add_bounded(const A* s, const A* t, A scale, const A* valid_i, const
     const A* __restrict t_row = t + r * tile;
     const A counts = valid_i[r];
     for (int64_t p = 0; p < tile; ++p) {
-      const A student = exp_nonpositive(scale * s_row[p] - scale);
-      const A teacher = exp_nonpositive(scale * t_row[p] - scale);
+      const A student = exp_nonpositive(scale * (s_row[p] - A(1)));
+      const A teacher = exp_nonpositive(scale * (t_row[p] - A(1)));
       const A difference = teacher * (t_row[p] - s_row[p]);
       e_s[p] = student;
       e_t[p] = teacher;
@@ -230,21 +230,6 @@ inline void pair_sums(const PixelPairs<A>& pairs, const PanelPair& range, const 
   running_sums(pairs, range, rows_i, rows_j);
 }
 
-// a b - c d for a and c not negative: nothing is lost when a is near c and b near d, the result is 0 when they are
-// equal, and no term is larger than twice the larger product. (Of two products one would go unrounded into a fused
-// multiply-subtract.)
-template <typename A>
-MEDKD_INLINE A difference_of_products(A a, A b, A c, A d) {
-  const bool less = absolute(b) < absolute(d);
-  return (a - c) * (less ? b : d) + (less ? c : a) * (b - d);
-}
-
-// Relative to a row's maximum. The 0 of a column that does not count may lie far above it.
-template <typename A>
-MEDKD_INLINE A exp_below(A x, A maximum) {
-  return exp_nonpositive(x < maximum ? x - maximum : A(0));
-}
-
 // From relations, or logits if the pairs are not bounded: s[i, j] becomes the gradient of the loss for <s_i, s_j> taken as
 // row i's and as row j's entry together. Pixels that do not count have any number here: they are multiplied with zeros, and
 // what comes out for them is not used.
@@ -263,7 +248,7 @@ inline void difference_tile(const PixelPairs<A>& pairs, const RowFactors<A>& row
     const A row_s = rows_i.factor * rows_i.inverse_s[at_i + r], row_t = rows_i.factor * rows_i.inverse_t[at_i + r];
     if (pairs.bounded) {
       for (int64_t p = 0; p < tile; ++p) {
-        const A e_s = exp_nonpositive(scale * s_row[p] - scale), e_t = exp_nonpositive(scale * t_row[p] - scale);
+        const A e_s = exp_nonpositive(scale * (s_row[p] - A(1))), e_t = exp_nonpositive(scale * (t_row[p] - A(1)));
         s_row[p] = difference_of_products(e_s, row_s + column_s[p], e_t, row_t + column_t[p]);
       }
     } else {

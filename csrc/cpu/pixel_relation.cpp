@@ -18,11 +18,11 @@ static std::tuple<Tensor, Tensor> forward(RelationCall& call, const Tensor& stud
   sum_over_pixels(call.relation, loops<A>().pixel_relation, plan, [&](int64_t image, const double* sums) {
     const double pixels = static_cast<double>(std::max<int64_t>(valid[image], 1));
     const double scale = weights[image] / (pixels * pixels);
-    std::vector<double> unused(depth);  // channels that only the teacher has
     double value = 0;
     for (int64_t i = 0; i < channels; ++i)
       value += portable::pixel_row(sums, widest, i, scale, matrices + (image * channels + i) * depth);
-    for (int64_t i = channels; i < widest; ++i) value += portable::pixel_row(sums, widest, i, scale, unused.data());
+    for (int64_t i = channels; i < widest; ++i)
+      value += portable::pixel_row<A>(sums, widest, i, scale, nullptr);
     values[image] = value * scale;
   });
   return {reduce_values<A>(student, values, reduction, call.type, {call.images}), matrix};

@@ -6,6 +6,7 @@ the sources, its elementary functions, and a race inside a warp between two of i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -21,19 +22,24 @@ FLAGS = ["-x", "c++", "-I", str(HERE), "-O1", "-fno-strict-aliasing", "-Wno-unkn
 
 
 def build(sources: list[Path], name: str) -> Path:
-    """A library, compiled unless one of the same content is there."""
+    """A library, compiled unless one of the same content is there; of several processes one compiles, the others wait."""
     setup = setup_script()
     directory = ROOT / "build" / "cuda_host"
-    command = [*setup.compiler().split(), *setup.FLAGS, *FLAGS, *setup.INCLUDES, *setup.TORCH_FLAGS]
-    jobs = [(source, [*command, f'-DMEDKD_BACKEND="{name}"']) for source in [*sources, HERE / "emulator.cpp"]]
-    objects = setup.compile_objects(jobs, directory, [*sorted(HERE.glob("*.h")), *sorted(ROOT.glob("csrc/cuda/*.h"))])
-    key = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()
-    target = directory / f"{name}-{key[:16]}.so"
-    if not target.exists():
-        libraries = [f"-L{setup.TORCH_LIBRARIES}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        partial = target.with_suffix(".partial")
-        setup.run([*setup.compiler().split(), "-shared", "-o", str(partial), *map(str, objects), *libraries])
-        partial.replace(target)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [*setup.compiler().split(), *setup.FLAGS, *FLAGS, *setup.INCLUDES, *setup.TORCH_FLAGS]
+        jobs = [(source, [*command, f'-DMEDKD_BACKEND="{name}"']) for source in [*sources, HERE / "emulator.cpp"]]
+        objects = setup.compile_objects(
+            jobs, directory, [*sorted(HERE.glob("*.h")), *sorted(ROOT.glob("csrc/cuda/*.h"))]
+        )
+        key = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()
+        target = directory / f"{name}-{key[:16]}.so"
+        if not target.exists():
+            libraries = [f"-L{setup.TORCH_LIBRARIES}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+            partial = target.with_suffix(".partial")
+            setup.run([*setup.compiler().split(), "-shared", "-o", str(partial), *map(str, objects), *libraries])
+            partial.replace(target)
     return target
 
 
