@@ -77,7 +77,7 @@ INTERPRETED = {(2, 67, 24, 23): (1, 67, 5, 7), (2, 300, 5, 6): (1, 131, 3, 5), (
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_relation
 def test_equals_the_definition(fused: str, relation: str, shape: tuple[int, ...]) -> None:
-    shape = INTERPRETED.get(shape, shape) if fused == "triton" else shape
+    shape = INTERPRETED.get(shape, shape) if fused == "triton" and not torch.cuda.is_available() else shape
     x = sample(shape)
     mask = torch.rand(shape[0], *shape[2:]) < 0.8
     upstream = torch.randn(shape[0], shape[1], shape[1], dtype=torch.float64)  # not symmetric

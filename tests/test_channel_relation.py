@@ -92,7 +92,7 @@ INTERPRETED = {(2, 67, 24, 23): (1, 67, 5, 7), (2, 300, 5, 6): (1, 131, 3, 5), (
 def test_equals_the_definition(
     fused: str, relation: str, divergence: str, masked: bool, shape: tuple[int, ...]
 ) -> None:
-    shape = INTERPRETED.get(shape, shape) if fused == "triton" else shape
+    shape = INTERPRETED.get(shape, shape) if fused == "triton" and not torch.cuda.is_available() else shape
     student, teacher = sample(shape)
     mask = torch.rand(shape[0], *shape[2:]) < 0.8 if masked else None
     reduction = "none" if masked else "mean"

@@ -120,7 +120,7 @@ def divergence_kernel(
         b_v = 2.0 * scale * difference
     else:
         temperature = tl.full((), temperature, tl.float64)
-        # the rows below the last are alike
+        # rows beyond the last have sums too, so that nothing is divided by 0
         m_k = o_k + tl.zeros_like(o_i) < C
         most_s, e_s, sum_s = softmax_of_rows(b_s, m_k, temperature)
         most_t, e_t, sum_t = softmax_of_rows(b_t, m_k, temperature)
