@@ -22,8 +22,8 @@ BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
-    "channel_gram": {"cpu": ("cpp",), "cuda": ("cuda",)},
-    "channel_relation": {"cpu": ("cpp",), "cuda": ("cuda",)},
+    "channel_gram": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "channel_relation": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "pixel_affinity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},

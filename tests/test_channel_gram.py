@@ -70,11 +70,14 @@ SHAPES = [
     (70, 3, 4, 5),
     (2, 4, 31),
 ]
+#: In an interpreter: as many blocks of channels, and images, as there are kinds of them.
+INTERPRETED = {(2, 67, 24, 23): (1, 67, 5, 7), (2, 300, 5, 6): (1, 131, 3, 5), (70, 3, 4, 5): (3, 3, 4, 5)}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_relation
 def test_equals_the_definition(fused: str, relation: str, shape: tuple[int, ...]) -> None:
+    shape = INTERPRETED.get(shape, shape) if fused == "triton" and not torch.cuda.is_available() else shape
     x = sample(shape)
     mask = torch.rand(shape[0], *shape[2:]) < 0.8
     upstream = torch.randn(shape[0], shape[1], shape[1], dtype=torch.float64)  # not symmetric
@@ -107,7 +110,11 @@ def test_gradcheck(backend: str, relation: str) -> None:
     mask = torch.rand(3, 3, 4) < 0.7
     mask[1] = False
     temperature = 0.6 if relation == "softmax" else None
-    assert torch.autograd.gradcheck(lambda y: channel_gram(y, relation=relation, temperature=temperature, mask=mask), x)
+    assert torch.autograd.gradcheck(
+        lambda y: channel_gram(y, relation=relation, temperature=temperature, mask=mask),
+        x,
+        fast_mode=backend == "triton",  # an interpreter runs few calls
+    )
 
 
 @every_relation

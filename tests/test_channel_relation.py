@@ -82,6 +82,8 @@ SHAPES = [
     (70, 3, 4, 5),
     (2, 4, 31),
 ]
+#: In an interpreter: as many blocks of channels, and images, as there are kinds of them.
+INTERPRETED = {(2, 67, 24, 23): (1, 67, 5, 7), (2, 300, 5, 6): (1, 131, 3, 5), (70, 3, 4, 5): (3, 3, 4, 5)}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -90,6 +92,7 @@ SHAPES = [
 def test_equals_the_definition(
     fused: str, relation: str, divergence: str, masked: bool, shape: tuple[int, ...]
 ) -> None:
+    shape = INTERPRETED.get(shape, shape) if fused == "triton" and not torch.cuda.is_available() else shape
     student, teacher = sample(shape)
     mask = torch.rand(shape[0], *shape[2:]) < 0.8 if masked else None
     reduction = "none" if masked else "mean"
@@ -131,7 +134,10 @@ def test_gradcheck(backend: str, relation: str, divergence: str, reduction: str)
     mask[1] = False
     settings = {"relation": relation, "divergence": divergence, "temperature": 0.6, "reduction": reduction}
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: channel_relation(x, teacher, mask=mask, **settings), student)
+    fast = backend == "triton"  # an interpreter runs few calls
+    assert torch.autograd.gradcheck(
+        lambda x: channel_relation(x, teacher, mask=mask, **settings), student, fast_mode=fast
+    )
 
 
 @every_kind
