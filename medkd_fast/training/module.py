@@ -61,6 +61,11 @@ class SegmentationModule(pl.LightningModule):
         """What is trained and kept: the student, or the network that learns alone."""
         return self.model.student if isinstance(self.model, Distiller) else self.model
 
+    def compile_network(self, wanted: bool) -> None:
+        """Let torch.compile make the network's forward, and nothing else of it: its parameters keep their names."""
+        if wanted:
+            self.network.compile()
+
     def losses(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and, detached, its parts: "task", and "name" and "name/part" of every distillation loss."""
         image, label = batch[:2]

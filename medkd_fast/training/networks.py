@@ -221,8 +221,8 @@ class Survey:
         return sorted(levels.values(), key=lambda layer: layer.pixels)
 
 
-def survey(network: nn.Module, shape: Sequence[int]) -> Survey:
-    """Run a network in training mode on made-up values [B, C, *S], without computing anything, and see what its layers give.
+def survey(network: nn.Module, shape: Sequence[int], *, training: bool = True) -> Survey:
+    """Run a network, in training mode or not, on made-up values [B, C, *S], without computing anything, and see what its layers give.
 
     The network's weights, statistics and mode stay as they are. Raises what the network raises, for example on a size that
     it does not take.
@@ -250,7 +250,7 @@ def survey(network: nn.Module, shape: Sequence[int]) -> Survey:
 
         return hook
 
-    handles, training, mode = [], network.training, FakeTensorMode(allow_non_fake_inputs=True)
+    handles, before_it, mode = [], network.training, FakeTensorMode(allow_non_fake_inputs=True)
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     try:
@@ -258,23 +258,25 @@ def survey(network: nn.Module, shape: Sequence[int]) -> Survey:
         for name, module in network.named_modules():
             handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
         state = {k: mode.from_tensor(v) for k, v in [*network.named_parameters(), *network.named_buffers()]}
-        network.train()
+        network.train(training)
         with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = torch.func.functional_call(network, state, (torch.zeros(tuple(shape)),))
         logits = finest(output, len(shape))
         outputs = frozenset(id(x) for x in (output if isinstance(output, (list, tuple)) else [output]))
     finally:
         log.setLevel(level)
-        network.train(training)
+        network.train(before_it)
         for handle in handles:
             handle.remove()
     return Survey(network, tuple(layers), tuple(logits.shape), outputs)
 
 
-def check_network(network: nn.Module, name: str, shape: Sequence[int], num_classes: int) -> Survey:
+def check_network(
+    network: nn.Module, name: str, shape: Sequence[int], num_classes: int, *, training: bool = True
+) -> Survey:
     """The survey of a network. Raises WrongUse where it does not take [B, C, *S], or gives no logits [B, num_classes, *S]."""
     try:
-        found = survey(network, shape)
+        found = survey(network, shape, training=training)
     except Exception as error:
         raise WrongUse(
             f"network {name} does not run on patches of {tuple(shape[2:])} with {shape[1]} channel(s): "
