@@ -158,6 +158,19 @@ def by_definition(loss: Loss) -> Loss:
     return plain
 
 
+def matrix(operator: str, relation: str) -> Setting:
+    """The operator's matrix through its mean squared difference from the teacher's, which is taken in fp64."""
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        of = partial(getattr(medkd_fast, operator), relation=relation)
+        with medkd_fast.use_backend("reference"):
+            want = of(teacher.double())
+        return (of(student).double() - want).square().mean()
+
+    rows = "channels" if operator == "channel_gram" else "pixels"
+    return Setting(f"{operator} {relation}", loss, by_definition(loss), partial(draw_features, rows))
+
+
 def spatial_kl(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return medkd_fast.spatial_kl(student, teacher, temperature=TEMPERATURE)
 
@@ -173,6 +186,8 @@ SETTINGS = {
         logits("decoupled_kl", "decoupled_kl upsampled", low=(6, 8)),
         logits("class_kl", "class_kl"),
         logits("class_kl", "class_kl upsampled", low=(6, 8)),
+        *(matrix("channel_gram", relation) for relation in ("cosine", "pearson", "gram", "row", "softmax")),
+        *(matrix("pixel_affinity", relation) for relation in ("cosine", "pearson", "gram")),
         relation("channel_relation", "cosine", "mse"),
         relation("channel_relation", "cosine", "kl"),
         relation("channel_relation", "pearson", "mse"),
@@ -287,6 +302,7 @@ Written by `make numerics` (`tests/numerics.py`); the tests assert the limits. E
 definition in fp64 on the same, already rounded inputs: first of the fused CPU backend, then of the best plain PyTorch in
 fp32 (for half inputs: cast up first). Value: relative, of the loss with reduction "mean". Gradient: relative L2. Root mean
 square over {DRAWS} draws; maps of 24×32 (logits) and 18×20 (features). `nan`: plain PyTorch has no finite gradient there.
+The matrices of `channel_gram` and `pixel_affinity` are measured through their mean squared difference from the teacher's.
 
 Limits, in fp32: generic 1e-5; converged 1e-6 (value) and 2e-3 (gradient); rotated 1e-3; elsewhere, and for every
 gradient, twice plain PyTorch. A half gradient is also rounded to its dtype, by at most 2^-8 (bf16) or 2^-11 (fp16) of a

@@ -9,6 +9,8 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
   relatively, and so does the gradient τ·w·(p_s − p_t): error K·ε·τ·w·(1 + U) a pixel. The value sums probabilities times
   differences of up to 2U: K·ε·τ²·w·(1 + U)². Through upsampling the gradient's bound goes as the gradient does, by the
   adjoint of the interpolation, whose positions are rounded to ε·size, in the definition too.
+* Correlations of probabilities. The error of u moves q = p − 1/C by K·ε·(p + 2U·p·(1 − p) + 1/C), and through q all that is made of
+  it (`correlation_moved`). A vector as short as its error has no direction: then little more than no NaN is asked for.
 * Relations. Sums round in proportion to what they sum: K·ε times the size that the relation, the loss and a row's gradient
   have where student and teacher disagree (`sizes_of`; 1, 1 and 4 / (rows·n) for the mean of squared differences of cosines of
   rows of norm n), and K·ε times the condition of the call on top, measured: by how much more the definition in fp64 changes
@@ -148,6 +150,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
     settings |= {"weight": drawn.weight, "ignore_index": 100}
+    if call.operator == "class_pearson":
+        return medkd_fast.class_pearson(x, teacher, target=drawn.target, ignore_index=100, **call.settings).loss
     if call.operator == "decoupled_kl":
         return medkd_fast.decoupled_kl(x, teacher, drawn.target, **settings).loss
     return medkd_fast.class_kl(x, teacher, target=drawn.target, **settings)
@@ -221,6 +225,63 @@ def spatial_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds
     return Bounds(each, gradient, undefined)
 
 
+class Moved(NamedTuple):
+    """By how much an error of q moves a correlation, and how large its gradient and that one's error are, entry by entry."""
+
+    value: torch.Tensor
+    gradient: torch.Tensor
+    error: torch.Tensor
+
+
+def correlation_moved(q: list[torch.Tensor], e: list[torch.Tensor], axis: int, unit: float) -> Moved:
+    """Vectors of both networks along `axis`, of lengths a and b, with errors e: s is the student's, t the teacher's.
+
+    The correlation ⟨q_s, q_t⟩ / D, D = ab + 1e-8, moves by δ = (b e_s + a e_t + e_s e_t) / D; its gradient for q_s has entries of
+    up to b / D times those of unit vectors, and moves by (e_t + b δ + b² e_s / D) / D.
+    """
+    (a, b), (e_a, e_b) = ([x.norm(dim=axis, keepdim=True) for x in both] for both in (q, e))
+    denominator = (a * b - b * e_a - a * e_b - e_a * e_b).clamp(min=0) + 1e-8
+    value = ((b * e_a + a * e_b + e_a * e_b) / denominator + unit).clamp(max=2)
+    entries = sum(x.abs() / length.clamp(min=1e-300) for x, length in zip(q, (a, b), strict=True))
+    longest = b + e_b
+    error = (e[1] + longest * entries * value + longest.square() * e[0] / denominator) / denominator
+    return Moved(value, longest * entries / denominator, error)
+
+
+def pearson_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    temperature, classes, number = call.settings["temperature"], call.channels, int(drawn.keep.sum())
+    gradient = torch.zeros(drawn.student.shape, dtype=torch.float64)
+    undefined = torch.zeros_like(gradient, dtype=torch.bool)
+    if not number:
+        return Bounds(torch.zeros((), dtype=torch.float64), gradient, undefined)
+    double = torch.float64 in (call.student_dtype, call.teacher_dtype)
+    unit = ROUNDINGS * torch.finfo(torch.float64 if double else torch.float32).eps / 2
+    q, e, probability = [], [], []
+    for x in drawn[:2]:
+        u = x.double().movedim(1, 0)[:, drawn.keep] / temperature  # [C, pixels that count]
+        p = u.softmax(0)
+        largest = u.nan_to_num(0, 0, 0).abs().amax(0)
+        probability.append(p)
+        q.append(p - 1 / classes)
+        e.append(unit * (p + 2 * largest * p * (1 - p) + 1 / classes))
+    inter = correlation_moved(q, e, 0, unit)
+    # of a class: from a sum of squares that of the mean is taken, in fp64
+    lost = [(2.0**-49 * x.square().mean(1, keepdim=True)).sqrt() for x in q]
+    e_centred = [x + x.mean(1, keepdim=True) + y for x, y in zip(e, lost, strict=True)]
+    intra = correlation_moved([x - x.mean(1, keepdim=True) for x in q], e_centred, 1, unit)
+
+    p, e_p = probability[0], e[0]
+    value = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros_like(p)
+    for moved, name, share in ((inter, "inter", 1 / number), (intra, "intra", 1 / classes)):
+        weight = abs(call.settings[f"{name}_weight"]) * share
+        value += temperature**2 * weight * (moved.value.sum() + unit / share)
+        size, error = (x + (p * x).sum(0) for x in (moved.gradient, moved.error))  # of g - Σ p g
+        total += upstream.abs().double() * temperature * weight * ((e_p + unit * p) * size + p * error)
+    gradient.movedim(1, 0)[:, drawn.keep] = total
+    return Bounds(value / unit, gradient / unit, undefined)
+
+
 def rows_of(call: Call, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the rows that the relation multiplies, [B, rows]: norms, and by how much a relation changes with a row's entry."""
     relation = call.settings["relation"]
@@ -291,6 +352,14 @@ def relation_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bound
     return Bounds(size * values + change, rows, torch.zeros_like(rows, dtype=torch.bool))
 
 
+BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
+    "decoupled_kl": logit_bounds,
+    "class_kl": logit_bounds,
+    "spatial_kl": spatial_bounds,
+    "class_pearson": pearson_bounds,
+}
+
+
 def truth(call: Call, drawn: Tensors, upstream: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     teacher = drawn.teacher.double()
     with medkd_fast.use_backend("reference"):
@@ -309,8 +378,7 @@ def check(call: Call) -> None:
             lambda x: run(call, layout(x), drawn, drawn.teacher), drawn.student, upstream
         )
 
-    of = relation_bounds if call.operator in KINDS else logit_bounds
-    bounds = (spatial_bounds if call.operator == "spatial_kl" else of)(call, drawn, upstream)
+    bounds = BOUNDS.get(call.operator, relation_bounds)(call, drawn, upstream)
     double = torch.float64 in (call.student_dtype, call.teacher_dtype)
     assert value.dtype == (torch.float64 if double else torch.float32)
     assert gradient.dtype == call.student_dtype
@@ -404,6 +472,17 @@ def spatial_calls(draw: st.DrawFn) -> Call:
     return Call(**drawn, settings={"temperature": draw(temperatures())}, absent=absent)
 
 
+@st.composite
+def pearson_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("class_pearson", (700, 32, 11)).items()}
+    settings: dict[str, Any] = {"temperature": draw(temperatures())}
+    for name in ("inter_weight", "intra_weight"):
+        settings[name] = draw(st.sampled_from([1.0, 0.5, 2.0, 0.0]))
+    absent = draw(st.sampled_from(["none", "none", "both", "teacher", "student"]))
+    drawn |= {"reduction": "mean", "absent": absent, "label_dtype": draw(st.sampled_from(LABELS))}
+    return Call(**drawn, settings=settings)
+
+
 #: What the relations are built for, with the divergences of the losses.
 KINDS: dict[str, list[tuple[str, str | None]]] = {
     "channel_relation": [(relation, "mse") for relation in ("cosine", "pearson", "gram", "row", "softmax")]
@@ -436,13 +515,14 @@ def relation_calls(draw: st.DrawFn, operator: str, relation: str, divergence: st
 
 #: Every operator and relation: generated calls, and the share of all examples that they get.
 CALLS: dict[str, tuple[st.SearchStrategy[Call], float]] = {
-    operator: (logit_calls(operator), 1 / 7) for operator in ("decoupled_kl", "class_kl")
+    operator: (logit_calls(operator), 1 / 8) for operator in ("decoupled_kl", "class_kl")
 }
-CALLS["spatial_kl"] = spatial_calls(), 1 / 7
+CALLS["spatial_kl"] = spatial_calls(), 1 / 8
+CALLS["class_pearson"] = pearson_calls(), 1 / 8
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))
-        CALLS[name] = (relation_calls(operator, *kind), 1 / 7 / len(kinds))
+        CALLS[name] = (relation_calls(operator, *kind), 1 / 8 / len(kinds))
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from medkd_fast.training.evaluate import held_out_scores
 from medkd_fast.training.finish import finish_run, slice_macs
 from medkd_fast.training.networks import parameter_count
 from medkd_fast.training.pictures import curves_png, overlay_png
-from medkd_fast.training.report import Entry, caveats, findings, print_scores, write_metrics
 from medkd_fast.training.runs import RunConfig, RunFolder, build_module, fit, versions
 from medkd_fast.training.sampling import train_loader
+from medkd_fast.training.tables import Entry, caveats, findings, print_scores, write_metrics
 from medkd_fast.training.timing import StepCost, step_costs
 
 BASELINE = "student"

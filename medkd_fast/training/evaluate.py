@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medkd_fast.training.data import CLASSES, Slices, Split
 from medkd_fast.training.files import write_csv, write_json
-from medkd_fast.training.metrics import Summary, mean_scores, summarise
+from medkd_fast.training.metrics import Summary, mean_scores, segmentation_scores, summarise
 
 
 @torch.no_grad()
@@ -25,8 +25,12 @@ def predict(network: nn.Module, slices: Slices, indices: list[int]) -> Tensor:
 
 def held_out_scores(network: nn.Module, slices: Slices, split: Split) -> dict[int, Summary]:
     """Per class of `CLASSES`: means over the held-out blocks, in mm, each block scored as one 3-D volume."""
-    volumes = ((predict(network, slices, block), slices.labels[block, 0], slices.spacing) for block in split.held_out)
-    return summarise(volumes, classes=CLASSES)
+    return summarise(
+        segmentation_scores(
+            predict(network, slices, block), slices.labels[block, 0], spacing=slices.spacing, classes=CLASSES
+        )
+        for block in split.held_out
+    )
 
 
 def scores_record(summaries: Mapping[int, Summary]) -> dict[str, Any]:
@@ -40,8 +44,7 @@ def scores_record(summaries: Mapping[int, Summary]) -> dict[str, Any]:
 def scores_rows(summaries: Mapping[int, Summary], **first: Any) -> list[dict[str, Any]]:
     """One row a class and one for the mean, for metrics.csv, the columns of `first` first; nan becomes an empty field."""
     rows = [{"class": CLASSES[c], **s._asdict()} for c, s in summaries.items()]
-    counts = {name: sum(getattr(s, name) for s in summaries.values()) for name in ("n_valid", "n_missed", "n_false")}
-    rows.append({"class": "mean", **mean_scores(summaries)._asdict(), **counts})
+    rows.append({"class": "mean", **mean_scores(summaries)._asdict()})
     return [first | {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
 
 

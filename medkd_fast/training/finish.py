@@ -11,8 +11,8 @@ from medkd_fast.training.evaluate import held_out_scores, write_scores
 from medkd_fast.training.metrics import Summary
 from medkd_fast.training.networks import multiply_accumulates, parameter_count
 from medkd_fast.training.pictures import curves_png, overlay_png
-from medkd_fast.training.report import Entry, caveats, print_scores
 from medkd_fast.training.runs import RunFolder, load_network
+from medkd_fast.training.tables import Entry, caveats, print_scores
 
 
 def evaluate_run(run: Path, slices: Slices, split: Split) -> dict[int, Summary]:

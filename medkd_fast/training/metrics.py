@@ -5,6 +5,9 @@
 joined, medpy's. ASSD is the mean of both lists joined. Percentiles interpolate linearly. A surface is the mask minus its
 6-connected erosion (4-connected in 2-D); what lies outside the volume is background, so a mask cut by the border has
 surface there.
+
+`transunet_scores` gives what the test script of TransUNet (Chen et al. 2021) gives, which most tables of the Synapse
+data set were made with: distances in voxels, pooled, and its own rule for empty masks.
 """
 
 from __future__ import annotations
@@ -18,14 +21,20 @@ import SimpleITK as sitk
 
 DEFINITIONS = ("max", "pooled")
 EMPTY = ("nan", "inf", "diagonal")
+MEASURES = ("dice", "hd95", "assd")
 
 
 class Scores(NamedTuple):
-    """One class of one volume. dice in [0, 1]; hd95 and assd in mm."""
+    """One class of one volume. dice in [0, 1]; hd95 and assd in mm.
+
+    outcome: "valid" (label and prediction have the class), "missed" (the label alone), "false" (the prediction alone) or
+    "absent" (neither).
+    """
 
     dice: float
     hd95: float
     assd: float
+    outcome: str
 
 
 class Summary(NamedTuple):
@@ -85,45 +94,53 @@ def segmentation_scores(
     return {c: _scores(prediction == c, label == c, spacing, definition, empty) for c in classes}
 
 
-def summarise(
-    volumes: Iterable[tuple[Any, Any, Sequence[float]]],
-    *,
-    classes: Iterable[int],
-    definition: str = "max",
-    empty: str = "nan",
-) -> dict[int, Summary]:
-    """Scores of each class averaged over (prediction, label, spacing) volumes, with n_valid, n_missed and n_false.
+def transunet_scores(prediction: Any, label: Any, *, classes: Iterable[int]) -> dict[int, Scores]:
+    """Dice and HD95 as TransUNet's `test.py` gives them: HD95 in voxels, whatever the spacing, and pooled as medpy does.
 
+    Its rule where a mask is empty: the prediction alone has the class: Dice 1, HD95 0; the label alone, or neither:
+    Dice 0, HD95 0. So a missed organ counts with the best distance there is, and inventing one with a full score. The
+    script has no ASSD: it is nan here. Average with `summarise(..., every_volume=True)`, then with `mean_scores`.
+
+    Raises as `segmentation_scores` does. Source: Chen et al. 2021, `calculate_metric_percase`.
+
+    >>> empty, full = np.zeros((2, 4, 4), int), np.ones((2, 4, 4), int)
+    >>> transunet_scores(full, empty, classes=[1])[1]
+    Scores(dice=1.0, hd95=0.0, assd=nan, outcome='false')
+    """
+    spacing = (1.0,) * np.ndim(label)
+    found = segmentation_scores(prediction, label, spacing=spacing, classes=classes, definition="pooled")
+    by_rule = {"missed": (0.0, 0.0), "false": (1.0, 0.0), "absent": (0.0, 0.0)}
+    return {c: Scores(*by_rule.get(s.outcome, s[:2]), math.nan, s.outcome) for c, s in found.items()}
+
+
+def summarise(volumes: Iterable[Mapping[int, Scores]], *, every_volume: bool = False) -> dict[int, Summary]:
+    """The scores of several volumes averaged class by class, with n_valid, n_missed and n_false.
+
+    every_volume: also volumes whose label lacks the class are in its means, as in TransUNet's script.
     A mean over no volume is nan; a nan distance (a missed volume under `empty="nan"`) leaves its mean and is counted.
-    Raises as `segmentation_scores` does.
 
     >>> full, none = np.ones((2, 4, 4), int), np.zeros((2, 4, 4), int)
-    >>> summarise([(full, full, (1, 1, 1)), (none, full, (1, 1, 1))], classes=[1])[1]
+    >>> summarise(segmentation_scores(p, full, spacing=(1, 1, 1), classes=[1]) for p in (full, none))[1]
     Summary(dice=0.5, hd95=0.0, assd=0.0, n_valid=1, n_missed=1, n_false=0)
     """
-    classes = list(classes)
-    scores: dict[int, list[Scores]] = {c: [] for c in classes}
-    counts = {c: [0, 0, 0] for c in classes}  # valid, missed, false
-    for prediction, label, spacing in volumes:
-        of_volume = segmentation_scores(
-            prediction, label, spacing=spacing, classes=classes, definition=definition, empty=empty
-        )
-        for c in classes:
-            predicted, labelled = bool((np.asarray(prediction) == c).any()), bool((np.asarray(label) == c).any())
-            counts[c][0] += predicted and labelled
-            counts[c][1] += labelled and not predicted
-            counts[c][2] += predicted and not labelled
-            if labelled:
-                scores[c].append(of_volume[c])
-    return {
-        c: Summary(*(mean_without_nan([getattr(s, f) for s in scores[c]]) for f in Scores._fields), *counts[c])
-        for c in classes
-    }
+    by_class: dict[int, list[Scores]] = {}
+    for volume in volumes:
+        for c, scores in volume.items():
+            by_class.setdefault(c, []).append(scores)
+    summaries = {}
+    for c, found in by_class.items():
+        counted = [s for s in found if every_volume or s.outcome in ("valid", "missed")]
+        means = (mean_without_nan(getattr(s, field) for s in counted) for field in MEASURES)
+        counts = (sum(s.outcome == outcome for s in found) for outcome in ("valid", "missed", "false"))
+        summaries[c] = Summary(*means, *counts)
+    return summaries
 
 
-def mean_scores(summaries: Mapping[int, Summary]) -> Scores:
-    """Dice, HD95 and ASSD averaged over classes; a class that no label has (nan) leaves the mean."""
-    return Scores(*(mean_without_nan([getattr(s, f) for s in summaries.values()]) for f in Scores._fields))
+def mean_scores(summaries: Mapping[int, Summary]) -> Summary:
+    """Dice, HD95 and ASSD averaged over classes, the counts summed; a class that no label has (nan) leaves the mean."""
+    means = (mean_without_nan(getattr(s, field) for s in summaries.values()) for field in MEASURES)
+    counts = (sum(getattr(s, field) for s in summaries.values()) for field in ("n_valid", "n_missed", "n_false"))
+    return Summary(*means, *counts)
 
 
 def mean_without_nan(values: Iterable[float]) -> float:
@@ -176,17 +193,18 @@ def surface_distances(
 
 
 def _scores(prediction: np.ndarray, label: np.ndarray, spacing: tuple, definition: str, empty: str) -> Scores:
-    dice = dice_score(prediction, label)
-    if math.isnan(dice):
-        return Scores(math.nan, math.nan, math.nan)
-    if not (prediction.any() and label.any()):
+    predicted, labelled = bool(prediction.any()), bool(label.any())
+    if not (predicted or labelled):
+        return Scores(math.nan, math.nan, math.nan, "absent")
+    if not (predicted and labelled):
         diagonal = math.hypot(*(n * s for n, s in zip(label.shape, spacing, strict=True)))
         distance = {"nan": math.nan, "inf": math.inf, "diagonal": diagonal}[empty]
-        return Scores(0.0, distance, distance)
+        return Scores(0.0, distance, distance, "missed" if labelled else "false")
     to_label, to_prediction = surface_distances(prediction, label, spacing)
     joined = np.concatenate([to_label, to_prediction])
     lists = [to_label, to_prediction] if definition == "max" else [joined]
-    return Scores(dice, max(float(np.percentile(d, 95)) for d in lists), float(joined.mean()))
+    hd95 = max(float(np.percentile(d, 95)) for d in lists)
+    return Scores(dice_score(prediction, label), hd95, float(joined.mean()), "valid")
 
 
 def _distance_map(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

@@ -15,8 +15,8 @@ from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, write_json
 from medkd_fast.training.metrics import Summary
 from medkd_fast.training.networks import build_network, multiply_accumulates, parameter_count
-from medkd_fast.training.report import Entry, caveats, findings
 from medkd_fast.training.runs import RunFolder
+from medkd_fast.training.tables import Entry, caveats, findings
 from medkd_fast.training.timing import FUSED, REFERENCE
 
 NETWORKS = ["teacher", "student", "student + CPKD", "student + DMD"]

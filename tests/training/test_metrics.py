@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from medpy.metric import binary
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
 from medkd_fast.training.metrics import (
-    Scores,
     Summary,
     mean_scores,
     segmentation_scores,
     summarise,
     surface,
     surface_distances,
+    transunet_scores,
 )
 
 NAN = math.nan
@@ -79,7 +80,7 @@ def test_the_two_definitions_by_hand():
     assert [s.assd for s in both] == pytest.approx([190 / 21, 190 / 21])
     # the larger direction counts whichever way round the two volumes come
     turned = segmentation_scores(label, prediction, spacing=(1, 1), classes=[1])[1]
-    assert turned == pytest.approx(both[0])
+    assert turned[:3] == pytest.approx(both[0][:3])
 
 
 def test_anisotropic_spacing_is_in_array_order():
@@ -88,7 +89,7 @@ def test_anisotropic_spacing_is_in_array_order():
     for axis, expected in enumerate((4 * 2.5, 4 * 0.7, 4 * 0.9)):
         prediction = np.roll(label, 4, axis=axis)
         scores = segmentation_scores(prediction, label, spacing=(2.5, 0.7, 0.9), classes=[1])[1]
-        assert scores == pytest.approx((0.0, expected, expected), rel=1e-6)  # SimpleITK's map is float32
+        assert scores[:3] == pytest.approx((0.0, expected, expected), rel=1e-6)  # SimpleITK's map is float32
 
 
 def test_surface_is_the_mask_minus_its_6_connected_erosion():
@@ -139,7 +140,7 @@ def test_equals_monai(shape, spacing):
 
 def test_identical_masks_and_masks_that_fill_the_volume():
     for mask in (np.ones((3, 4, 5), int), np.ones((1, 1, 1), int), blobs((8, 9, 10), 3, 0.5).astype(int)):
-        assert segmentation_scores(mask, mask, spacing=(1, 2, 3), classes=[1])[1] == (1.0, 0.0, 0.0)
+        assert segmentation_scores(mask, mask, spacing=(1, 2, 3), classes=[1])[1] == (1.0, 0.0, 0.0, "valid")
 
 
 def test_empty_policies():
@@ -147,11 +148,12 @@ def test_empty_policies():
     one[1, 1, 1] = 1
     diagonal = math.hypot(3 * 2.0, 4 * 2.0, 12 * 2.0)
     for empty, distance in (("nan", NAN), ("inf", math.inf), ("diagonal", diagonal)):
-        for prediction, label in ((one, none), (none, one)):
+        for prediction, label, outcome in ((one, none, "false"), (none, one, "missed")):
             scores = segmentation_scores(prediction, label, spacing=(2, 2, 2), classes=[1], empty=empty)[1]
-            assert scores == pytest.approx(Scores(0.0, distance, distance), nan_ok=True)
+            assert scores[:3] == pytest.approx((0.0, distance, distance), nan_ok=True)
+            assert scores.outcome == outcome
         both = segmentation_scores(none, none, spacing=(2, 2, 2), classes=[1], empty=empty)[1]
-        assert all(math.isnan(v) for v in both)
+        assert all(math.isnan(v) for v in both[:3]) and both.outcome == "absent"
 
 
 def test_several_classes_and_tensors():
@@ -161,7 +163,7 @@ def test_several_classes_and_tensors():
     prediction[:, 4:] = 2
     scores = segmentation_scores(prediction, label, spacing=(1, 1, 1), classes=(1, 2, 3, 4))
     assert list(scores) == [1, 2, 3, 4]
-    assert scores[1] == (1.0, 0.0, 0.0)
+    assert scores[1] == (1.0, 0.0, 0.0, "valid")
     assert scores[2].dice == scores[3].dice == 0.0
     assert math.isnan(scores[4].dice)
 
@@ -171,18 +173,60 @@ def test_summarise_counts_and_means():
     label[:, 1:3, 1:3] = 1
     none, wide = np.zeros_like(label), np.zeros_like(label)
     wide[:, 1:3, 1:4] = 1
-    spacing = (1.0, 1.0, 1.0)
-    cases = [(label, label, spacing), (wide, label, spacing), (none, label, spacing), (label, none, spacing)]
-    found = summarise([*cases, (none, none, spacing)], classes=[1, 2])
+    cases = [(label, label), (wide, label), (none, label), (label, none), (none, none)]
+
+    def found(**options):
+        return summarise(segmentation_scores(p, y, spacing=(1, 1, 1), classes=[1, 2], **options) for p, y in cases)
+
+    one, two = found()[1], found()[2]
     # dice 1, 2*8/20 and 0 (missed); the false one and the empty one are in no mean
-    assert found[1].dice == pytest.approx((1 + 0.8 + 0) / 3)
+    assert one.dice == pytest.approx((1 + 0.8 + 0) / 3)
     # the added column is 1 mm away: 4 of the 12 surface voxels one way, none the other: 95th percentile 1
-    assert found[1].hd95 == pytest.approx((0 + 1) / 2)
-    assert found[1].assd == pytest.approx((0 + 4 / 20) / 2)
-    assert found[1][3:] == (2, 1, 1)
-    assert found[2] == pytest.approx(Summary(NAN, NAN, NAN, 0, 0, 0), nan_ok=True)
-    assert summarise(cases, classes=[1], empty="inf")[1].hd95 == math.inf
-    assert mean_scores(found) == pytest.approx(found[1][:3])
+    assert one.hd95 == pytest.approx((0 + 1) / 2)
+    assert one.assd == pytest.approx((0 + 4 / 20) / 2)
+    assert one[3:] == (2, 1, 1)
+    assert two == pytest.approx(Summary(NAN, NAN, NAN, 0, 0, 0), nan_ok=True)
+    assert found(empty="inf")[1].hd95 == math.inf
+    assert mean_scores(found()) == pytest.approx(one)
+
+
+def as_transunet(prediction: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+    """Dice and HD95 of one mask as the script works them out, by medpy."""
+    if prediction.any() and label.any():
+        return binary.dc(prediction, label), binary.hd95(prediction, label)
+    return (1, 0) if prediction.any() else (0, 0)
+
+
+def test_the_protocol_of_transunet_equals_medpy_with_the_scripts_rule():
+    rng = np.random.default_rng(1)
+    volumes = []
+    for seed in range(3):
+        label = blobs((9, 21, 17), seed) + 2 * blobs((9, 21, 17), seed + 10, 0.53) * rng.integers(0, 2)
+        prediction = np.roll(label, (1, 2, 0), (0, 1, 2))
+        prediction[prediction == 3] = 4  # 3 is missed, 4 is false, 5 is absent
+        volumes.append((prediction, label))
+    assert {3} < set(np.unique([label for _, label in volumes]))
+    classes = [1, 2, 3, 4, 5]
+    expected = np.array([[as_transunet(p == c, y == c) for c in classes] for p, y in volumes])  # [volume, class, 2]
+    cases = [transunet_scores(p, y, classes=classes) for p, y in volumes]
+    mine = np.array([[case[c][:2] for c in classes] for case in cases])
+    np.testing.assert_allclose(mine, expected, rtol=1e-6)
+    summaries = summarise(cases, every_volume=True)
+    np.testing.assert_allclose([s[:2] for s in summaries.values()], expected.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(mean_scores(summaries)[:2], expected.mean((0, 1)), rtol=1e-6)
+    assert math.isnan(mean_scores(summaries).assd)
+
+
+def test_the_protocol_of_transunet_by_hand():
+    label, none = np.zeros((1, 3, 22), int), np.zeros((1, 3, 22), int)
+    label[0, 1, 1:21] = 1
+    prediction = np.zeros_like(label)
+    prediction[0, 1, 1] = 1
+    cases = [transunet_scores(p, y, classes=[1]) for p, y in ((prediction, label), (none, label), (label, none))]
+    assert [c[1][:2] for c in cases] == [(pytest.approx(2 / 21), pytest.approx(18.0)), (0, 0), (1, 0)]
+    found = summarise(cases, every_volume=True)[1]
+    assert found[:2] == pytest.approx(((2 / 21 + 0 + 1) / 3, 18 / 3))
+    assert found[3:] == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,225 @@
+"""Files to images: whatever SimpleITK reads, DICOM folders, several channels in one file, headers with a bent direction."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+
+from medkd_fast.training.data.dataset import Case
+from medkd_fast.training.data.geometry import Geometry
+from medkd_fast.training.errors import WrongUse
+
+ORTHONORMAL = 1e-4  # how far from the identity Dᵀ·D may be
+
+
+class Repaired(UserWarning):
+    """A file is not quite right and was put right in memory; the message says what and where."""
+
+
+class Header(NamedTuple):
+    """geometry: of the first channel, in 3-D. flat: the file is a 2-D image."""
+
+    geometry: Geometry
+    channels: int
+    flat: bool = False
+
+
+def read_images(case: Case) -> list[sitk.Image]:
+    """One 3-D image a channel, in the files' own geometry. Raises WrongUse, naming the file that cannot be read."""
+    return READERS[case.reader].images(case)
+
+
+def read_label(case: Case) -> sitk.Image:
+    """The label volume of a case that has one, in its file's own values and geometry."""
+    return READERS[case.reader].label(case)
+
+
+def read_header(case: Case) -> Header:
+    """Geometry and number of channels of a case's images, without their voxels where the files allow that."""
+    return READERS[case.reader].header(case)
+
+
+def read_file(path: Path) -> sitk.Image:
+    """One file, or one folder that holds a DICOM series; a direction that is not orthonormal is repaired with a warning."""
+    if not path.exists():
+        raise WrongUse(f"{path} is not there")
+    try:
+        return orthonormal(read_series(path) if path.is_dir() else sitk.ReadImage(str(path)), path)
+    except RuntimeError as error:
+        if "orthonormal" in str(error) and path.name.endswith((".nii", ".nii.gz")):
+            return _read_bent_nifti(path)
+        raise WrongUse(f"{path} cannot be read as an image ({_reason(error)})") from error
+
+
+def read_series(folder: Path) -> sitk.Image:
+    """The DICOM series in a folder, its slices sorted by position. Raises WrongUse where there is none or several."""
+    files = series_files(folder)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    return reader.Execute()
+
+
+def series_files(folder: Path) -> tuple[str, ...]:
+    """Files of the one DICOM series in a folder, in the order of their positions."""
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        found = f"{len(series)} DICOM series" if series else "no DICOM series"
+        raise WrongUse(f"{folder} holds {found}: one folder must hold one series")
+    return sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+
+
+def channels_of(image: sitk.Image) -> list[sitk.Image]:
+    """The 3-D channels of an image: of vector pixels, of a 4th axis, or the image alone; a 2-D image becomes one slice."""
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        parts = [sitk.VectorIndexSelectionCast(image, i) for i in range(image.GetNumberOfComponentsPerPixel())]
+        return [channel for part in parts for channel in channels_of(part)]
+    if image.GetDimension() == 2:
+        return [sitk.JoinSeries(image)]
+    if image.GetDimension() == 4:
+        *size, count = image.GetSize()
+        return [sitk.Extract(image, [*size, 0], [0, 0, 0, i]) for i in range(count)]
+    return [image]
+
+
+def orthonormal(image: sitk.Image, path: Path) -> sitk.Image:
+    """The image itself, or, with a warning, with the rotation that is nearest to its direction."""
+    n = image.GetDimension()
+    direction = np.array(image.GetDirection()).reshape(n, n)
+    if np.allclose(direction.T @ direction, np.eye(n), atol=ORTHONORMAL):
+        return image
+    image.SetDirection(nearest_rotation(direction).ravel().tolist())
+    _warn_bent(path)
+    return image
+
+
+def nearest_rotation(matrix: np.ndarray) -> np.ndarray:
+    """The orthonormal matrix nearest to a matrix (its polar factor), [n, n].
+
+    >>> nearest_rotation(np.array([[1.0, 0.1], [0.1, 1.0]])).round(6) + 0.0
+    array([[1., 0.],
+           [0., 1.]])
+    """
+    left, _, right = np.linalg.svd(matrix)
+    return left @ right
+
+
+def _read_bent_nifti(path: Path) -> sitk.Image:
+    """ITK refuses a NIfTI file whose axes are not at right angles: read a copy with the nearest rotation in its header."""
+    data = path.read_bytes()
+    header = bytearray(gzip.decompress(data) if path.name.endswith(".gz") else data)
+    order = "<" if struct.unpack_from("<i", header, 0)[0] == 348 else ">"
+    affine = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)  # srow_x, srow_y, srow_z
+    spacing = np.linalg.norm(affine[:, :3], axis=0)
+    affine[:, :3] = nearest_rotation(affine[:, :3] / spacing) * spacing
+    struct.pack_into(f"{order}12f", header, 280, *affine.ravel())
+    struct.pack_into(f"{order}3f", header, 80, *spacing)  # pixdim[1..3]
+    struct.pack_into(f"{order}2h", header, 252, 0, 1)  # qform_code, sform_code: only the repaired form counts
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy.nii"
+        copy.write_bytes(header)
+        image = sitk.ReadImage(str(copy))
+    _warn_bent(path)
+    return image
+
+
+def _warn_bent(path: Path) -> None:
+    warnings.warn(
+        f"the axes of {path} are not at right angles: read with the nearest direction that is", Repaired, stacklevel=4
+    )
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last telling line of ITK's message, without the place in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix("ITK ERROR: ").removeprefix("sitk::ERROR: ").rstrip(".") if lines else "no reason"
+
+
+def _images(case: Case) -> list[sitk.Image]:
+    return [channel for path in case.images for channel in channels_of(read_file(path))]
+
+
+def _label(case: Case) -> sitk.Image:
+    channels = channels_of(read_file(case.label))
+    if len(channels) != 1:
+        raise WrongUse(f"the label {case.label} has {len(channels)} channels: one is wanted")
+    return channels[0]
+
+
+def _tissues(case: Case) -> sitk.Image:
+    """Grey matter 1 and white matter 2 where the larger of the two probability maps is above one half, else 0."""
+    grey = read_file(case.label)
+    white = read_file(case.label.with_name(case.label.name.replace("_gm_", "_wm_")))
+    g, w = sitk.GetArrayViewFromImage(grey), sitk.GetArrayViewFromImage(white)  # 0..255
+    label = sitk.GetImageFromArray(np.where(np.maximum(g, w) > 127, np.where(w > g, 2, 1), 0).astype(np.uint8))
+    label.CopyInformation(grey)
+    return label
+
+
+def _header(case: Case) -> Header:
+    headers = [_header_of(path) for path in case.images]
+    return headers[0]._replace(channels=sum(h.channels for h in headers))
+
+
+def _header_of(path: Path) -> Header:
+    if path.is_dir():
+        return _series_header(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:  # read_file repairs it or says what is wrong
+        image = read_file(path)
+        channels = channels_of(image)
+        return Header(Geometry.of(channels[0]), len(channels), image.GetDimension() == 2)
+    n, parts = reader.GetDimension(), reader.GetNumberOfComponents()
+    # an image of these dimensions without its voxels' memory is not to be had: the geometry is put together by hand
+    direction = np.eye(3)
+    direction[: min(n, 3), : min(n, 3)] = np.array(reader.GetDirection()).reshape(n, n)[:3, :3]
+    geometry = Geometry(
+        (*reader.GetSize(), 1)[:3],
+        (*reader.GetSpacing(), 1.0)[:3],
+        (*reader.GetOrigin(), 0.0)[:3],
+        tuple(direction.flat),
+    )
+    return Header(geometry, parts * (reader.GetSize()[3] if n == 4 else 1), n == 2)
+
+
+def _series_header(folder: Path) -> Header:
+    """From the first and the last slice: a single slice's header does not know how far it is to the next."""
+    files = series_files(folder)
+    ends = []
+    for file in (files[0], files[-1]):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        ends.append(reader)
+    first, last = ends
+    spacing = list(first.GetSpacing()[:3])
+    if len(files) > 1:
+        spacing[2] = float(np.linalg.norm(np.subtract(last.GetOrigin(), first.GetOrigin()))) / (len(files) - 1)
+    size = (*first.GetSize()[:2], len(files))
+    return Header(
+        Geometry(size, tuple(spacing), first.GetOrigin(), first.GetDirection()), first.GetNumberOfComponents()
+    )
+
+
+class Reader(NamedTuple):
+    """How the files of a case are understood."""
+
+    images: Callable[[Case], list[sitk.Image]]
+    label: Callable[[Case], sitk.Image]
+    header: Callable[[Case], Header]
+
+
+READERS = {
+    "image": Reader(_images, _label, _header),
+    "mni152": Reader(_images, _tissues, _header),
+}
