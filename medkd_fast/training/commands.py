@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -140,17 +140,16 @@ def distill(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint counts) or a checkpoint.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a checkpoint.")],
+    data: Annotated[Optional[str], typer.Argument(help="Data set. [default: the run's]", show_default=False)] = None,  # noqa: UP045
 ) -> None:
-    """Score a trained network on the held-out blocks; a run's folder gets scores.json, scores.csv and pictures.
+    """Score a trained network on the test cases of its split; a run's folder gets scores and pictures.
 
-    Example: medkd-fast evaluate runs/teacher
+    Example: medkd-fast evaluate runs/teacher demo
     """
-    from medkd_fast.training.data import demo_slices, hold_out
     from medkd_fast.training.finish import evaluate_run
 
-    slices = demo_slices()
-    evaluate_run(run, slices, hold_out(len(slices)))
+    evaluate_run(run, data)
 
 
 @app.command()

@@ -180,15 +180,17 @@ def _resolved(term: LossTerm, student: Survey, teacher: Survey) -> LossTerm:
     if students or teachers:
         students = _found(students or teachers, student, "student", term.name)
     elif takes.student_list:
-        levels = [x for x in student.decoder() if x.size != student.logits[2:]] or student.decoder()
+        levels = _below_full_size(student)
         if not levels and takes.needs_lists:
             raise _no_layer(term.name, student, "student")
+        if not takes.needs_lists and len(levels) < 2:  # dsd compares pairs of layers, or none
+            levels = student.decoder() if len(student.decoder()) > 1 else []
         students = tuple(x.name for x in levels)
     elif COMPARES[term.name] == "features":
-        levels = student.decoder()
+        levels = _below_full_size(student)
         if not levels:
             raise _no_layer(term.name, student, "student")
-        students = (([x for x in levels if x.size != student.logits[2:]] or levels)[-1].name,)
+        students = (levels[-1].name,)
     if students and takes.student_list and not takes.teacher_list:
         teachers = ()  # the student's layers learn from the teacher's logits
     elif teachers:
@@ -247,6 +249,12 @@ def _found(patterns: Sequence[str], network: Survey, whose: str, loss: str) -> t
         if name not in network:
             raise _no_layer(loss, network, whose, f"{name!r} gives no map [B, C, *S]")
     return tuple(names)
+
+
+def _below_full_size(network: Survey) -> list[Layer]:
+    """The decoder's layers from coarse to fine without that of the full size, which is next to the logits, if there are others."""
+    levels = network.decoder()
+    return [x for x in levels if x.size != network.logits[2:]] or levels
 
 
 def _partner(layer: Layer, teacher: Survey, loss: str) -> str:

@@ -215,7 +215,10 @@ class Survey:
             inside = any(_holds(h, layer) for h in heads) or any(
                 _holds(block, layer) and block.size != layer.size for block in after
             )
-            if not inside and layer.channels not in (1, classes) and layer.name:
+            if inside or not layer.name or layer.channels == 1:
+                continue
+            # as many channels as classes: logits of deep supervision, if there is something else of this size
+            if layer.channels != classes or levels.get(layer.size, layer).channels == classes:
                 levels[layer.size] = layer
         # a block and its last part give the same tensor: the block ends last
         return sorted(levels.values(), key=lambda layer: layer.pixels)

@@ -86,8 +86,8 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
             given[new] = given.pop(old)
     for name in _LISTS:
         if name in given:
-            value = parse_value(given[name])
-            given[name] = value if isinstance(value, list) else [value]
+            words = given[name].split(",")
+            given[name] = [word.strip() if name == "intensity" else parse_value(word) for word in words]
     inner = {name: given.pop(name) for name in _PREPROCESSING if name in given}
     if inner:
         given["preprocessing"] = inner

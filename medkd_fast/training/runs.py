@@ -181,12 +181,12 @@ def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
     module.compile_network(run.config.compile)
     data = Batches(run)
     with _quiet(), _ctrl_c():
+        checkpoints = KeptCheckpoints(last_is_damaged=found is not None and found[0] != folder.last)
         try:
-            checkpoints = KeptCheckpoints(last_is_damaged=found is not None and found[0] != folder.last)
             trainer = _trainer(run, folder, checkpoints)
-            trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ImportError, ValueError) as error:
             raise WrongUse(f"this machine cannot train like that: {' '.join(str(error).split())}") from error
+        trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
     if trainer.is_global_zero:
         write_json(folder.finished, {"epochs": trainer.current_epoch, "steps": trainer.global_step})
     return out
@@ -514,6 +514,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         # resuming adds to the folder on purpose
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        # torch 2.13, and what it names instead is private
+        warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.*deprecated")
         # volumes are mapped copy-on-write
         warnings.filterwarnings("ignore", message=".*given NumPy array is not writable.*")
         yield
