@@ -32,6 +32,11 @@ class Geometry:
         direction = np.array(self.direction).reshape(n, n)
         return (np.array(self.origin)[:, None] + direction @ (indices * np.array(self.spacing)[:, None])).T
 
+    def lps(self, values: tuple) -> tuple:
+        """The values of the image's axes, such as its size, in the order z, y, x that they have once it is oriented to LPS."""
+        axes = np.abs(np.array(self.direction).reshape(3, 3)).argmax(axis=1)  # image axis along x, y and z
+        return tuple(values[a] for a in reversed(axes))
+
     def stamp(self, image: sitk.Image) -> sitk.Image:
         """The image itself, now lying on this grid."""
         image.SetSpacing(self.spacing)

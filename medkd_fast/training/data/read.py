@@ -62,6 +62,8 @@ def read_file(path: Path) -> sitk.Image:
 def read_series(folder: Path) -> sitk.Image:
     """The DICOM series in a folder, its slices sorted by position. Raises WrongUse where there is none or several."""
     files = series_files(folder)
+    if len(files) == 1:  # one slice, or all of them in one file
+        return sitk.ReadImage(files[0])
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
     return reader.Execute()
@@ -111,6 +113,40 @@ def nearest_rotation(matrix: np.ndarray) -> np.ndarray:
     return left @ right
 
 
+def counts_of(array: np.ndarray) -> dict[int | float, int]:
+    """How often every value is in an array; much faster than sorting where they are few whole numbers.
+
+    >>> counts_of(np.array([3, -1, 3]))
+    {-1: 1, 3: 2}
+    """
+    if np.issubdtype(array.dtype, np.integer) and array.size:
+        low, high = int(array.min()), int(array.max())
+        if high - low < 1 << 16:
+            flat = array.reshape(-1)
+            counts = np.bincount(flat if low == 0 else flat.astype(np.int64) - low)
+            return {int(i) + low: int(counts[i]) for i in np.flatnonzero(counts)}
+    values, counts = np.unique(array, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def uneven(folder: Path) -> str:
+    """What is wrong with the distances between the slices of a DICOM series; "" where they are equal to 1 %."""
+    positions = []
+    for file in series_files(folder):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        positions.append(reader.GetOrigin())
+    steps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
+    if not len(steps) or np.allclose(steps, np.median(steps), rtol=0.01):
+        return ""
+    worst = int(np.abs(steps - np.median(steps)).argmax())
+    return (
+        f"slices are missing or unevenly spaced: {np.median(steps):.3g} mm apart, but {steps[worst]:.3g} mm between slices "
+        f"{worst} and {worst + 1}; the volume is read as if they were even"
+    )
+
+
 def _read_bent_nifti(path: Path) -> sitk.Image:
     """ITK refuses a NIfTI file whose axes are not at right angles: read a copy with the nearest rotation in its header."""
     data = path.read_bytes()
@@ -153,16 +189,6 @@ def _label(case: Case) -> sitk.Image:
     return channels[0]
 
 
-def _tissues(case: Case) -> sitk.Image:
-    """Grey matter 1 and white matter 2 where the larger of the two probability maps is above one half, else 0."""
-    grey = read_file(case.label)
-    white = read_file(case.label.with_name(case.label.name.replace("_gm_", "_wm_")))
-    g, w = sitk.GetArrayViewFromImage(grey), sitk.GetArrayViewFromImage(white)  # 0..255
-    label = sitk.GetImageFromArray(np.where(np.maximum(g, w) > 127, np.where(w > g, 2, 1), 0).astype(np.uint8))
-    label.CopyInformation(grey)
-    return label
-
-
 def _header(case: Case) -> Header:
     headers = [_header_of(path) for path in case.images]
     return headers[0]._replace(channels=sum(h.channels for h in headers))
@@ -195,6 +221,8 @@ def _header_of(path: Path) -> Header:
 def _series_header(folder: Path) -> Header:
     """From the first and the last slice: a single slice's header does not know how far it is to the next."""
     files = series_files(folder)
+    if len(files) == 1:
+        return _header_of(Path(files[0]))
     ends = []
     for file in (files[0], files[-1]):
         reader = sitk.ImageFileReader()
@@ -203,8 +231,7 @@ def _series_header(folder: Path) -> Header:
         ends.append(reader)
     first, last = ends
     spacing = list(first.GetSpacing()[:3])
-    if len(files) > 1:
-        spacing[2] = float(np.linalg.norm(np.subtract(last.GetOrigin(), first.GetOrigin()))) / (len(files) - 1)
+    spacing[2] = float(np.linalg.norm(np.subtract(last.GetOrigin(), first.GetOrigin()))) / (len(files) - 1)
     size = (*first.GetSize()[:2], len(files))
     return Header(
         Geometry(size, tuple(spacing), first.GetOrigin(), first.GetDirection()), first.GetNumberOfComponents()
@@ -219,7 +246,5 @@ class Reader(NamedTuple):
     header: Callable[[Case], Header]
 
 
-READERS = {
-    "image": Reader(_images, _label, _header),
-    "mni152": Reader(_images, _tissues, _header),
-}
+FILES = Reader(_images, _label, _header)
+READERS = {"image": FILES}  # layouts with files of their own kind add theirs
