@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -20,6 +21,7 @@ from medkd_fast.training.data import cache as store_of
 from medkd_fast.training.data import layouts  # noqa: F401  (they know how to read their files)
 from medkd_fast.training.data.dataset import Case, Dataset
 from medkd_fast.training.data.geometry import Geometry, resample, resample_onto, same_grid
+from medkd_fast.training.data.layouts.common import stem
 from medkd_fast.training.data.read import counts_of, read_header, read_images, read_label
 from medkd_fast.training.data.settings import Preprocessing
 from medkd_fast.training.errors import WrongUse
@@ -119,6 +121,11 @@ def prepare(
     settings = plan(dataset, settings)
     cache = cache or store_of.default_cache()
     wanted = [dataset.case(n) for n in names] if names is not None else list(dataset.cases)
+    twice = [name for name, count in Counter(c.name for c in wanted).items() if count > 1]
+    if twice:
+        raise WrongUse(
+            f"{dataset.name}: the name {twice[0]!r} is that of several cases: every case needs one of its own"
+        )
     try:
         return {c.name: _cached(dataset, c, settings, cache) for c in track(wanted, "preparing", show=progress)}
     finally:
@@ -133,7 +140,7 @@ def prepare_case(case: Case | Path | str | Sequence[Path | str], settings: Prepr
     if not isinstance(case, Case):
         paths = [case] if isinstance(case, str | Path) else case
         files = tuple(Path(p) for p in paths)
-        case = Case(files[0].name, files[0].name, files)
+        case = Case(stem(files[0]), stem(files[0]), files)
     try:
         image, grid, source, flat = _image(case, settings)
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from medkd_fast.training.data.dataset import Case, Dataset
 from medkd_fast.training.data.layouts.common import classes_beside, stem
+from medkd_fast.training.data.read import read_header
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
 
@@ -56,8 +57,19 @@ def open(root: Path) -> Dataset:
         layout="csv",
         cases=tuple(cases),
         classes=classes,
-        channels=tuple(c.removeprefix("image_") for c in columns),
+        channels=_channels(columns, cases[0]),
         ignore_label=ignore_label,
         label_values=label_values,
         split=Split(**{side: tuple(names) for side, names in sides.items()}) if "train" in sides else None,
     )
+
+
+def _channels(columns: list[str], first: Case) -> tuple[str, ...]:
+    """Named by the columns; the channels of a single file, such as a colour picture, by number."""
+    try:
+        count = read_header(first).channels
+    except WrongUse:  # for `check` to say
+        count = 1
+    if len(columns) == 1 and count > 1:
+        return tuple(f"{columns[0]} {i}" for i in range(count))
+    return tuple(c.removeprefix("image_") for c in columns)

@@ -86,7 +86,9 @@ def _h5(file: Path) -> dict[str, np.ndarray]:
     try:
         import h5py
     except ImportError as error:
-        raise WrongUse(f"{file} needs h5py: run `pip install h5py`") from error
+        raise WrongUse(
+            f"{file} needs h5py: run `pip install h5py`, or install medkd_fast with the extra [synapse]"
+        ) from error
     try:
         with h5py.File(file, "r") as content:
             return {"image": content["image"][:], "label": content["label"][:]}
