@@ -6,11 +6,12 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz sanitize cuda-report lint bench numerics losses-page gpu-check clean
+.PHONY: demo test wheel fuzz sanitize cuda-report lint bench numerics losses-page gpu-check clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
 	@echo 'make test      run the tests'
+	@echo 'make wheel     the wheel and the sdist, into dist'
 	@echo 'make fuzz      100,000 generated calls of every operator against the definition'
 	@echo 'make sanitize  the operator tests with a library that checks memory and undefined behaviour'
 	@echo 'make cuda-report  registers, shared memory and spills of every CUDA kernel'
@@ -43,6 +44,11 @@ demo: .venv/demo-$(KEY)
 # As many processes as cores; a thread waiting for others must not take the core that they need.
 test: .venv/test-$(KEY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto $(ARGS)
+
+# build/lib would hand on files that the package no longer has; the compiled objects stay.
+wheel: .venv/test-$(KEY)
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist $(ARGS)
 
 fuzz: .venv/test-$(KEY)
 	MEDKD_FAST_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)

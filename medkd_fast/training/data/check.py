@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -80,6 +81,7 @@ def print_report(report: Report) -> None:
         f"{dataset.name}: layout {dataset.layout}, {len(dataset.cases)} cases of "
         f"{len({c.patient for c in dataset.cases})} patients, channels {', '.join(dataset.channels)}",
         highlight=False,
+        markup=False,
     )
     sides = {n: side for side in ("train", "validation", "test") for n in getattr(dataset.split, side, ())}
     table = Table()
@@ -90,8 +92,8 @@ def print_report(report: Report) -> None:
     for f in report.facts:
         labelled = {c: n for c, n in f.voxels.items() if c not in (0, IGNORE)}
         table.add_row(
-            f.case.name,
-            f.case.patient,
+            escape(f.case.name),
+            escape(f.case.patient),
             sides.get(f.case.name, ""),
             " ".join(map(str, f.size)) if f.size else "-",
             " ".join(f"{s:.3g}" for s in f.spacing) if f.spacing else "-",
@@ -110,10 +112,10 @@ def print_report(report: Report) -> None:
     for c, name in names.items():
         counts = [f.voxels[c] for f in report.facts if f.voxels.get(c)]
         share = f"{sum(counts) / everything:.2%}" if everything else "-"
-        table.add_row(name, str(len(counts)), f"{sum(counts):,}", share)
+        table.add_row(escape(name), str(len(counts)), f"{sum(counts):,}", share)
     _print_wide(table)
     for note in dataset.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
     for finding in sorted(report.findings, key=lambda f: f.level != ERROR):
         where = f"{finding.case}: " if finding.case else ""
         console.print(f"{finding.level}: {where}{finding.message}", highlight=False, markup=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +53,8 @@ def read_file(path: Path) -> sitk.Image:
     """One file, or one folder that holds a DICOM series; a direction that is not orthonormal is repaired with a warning."""
     if not path.exists():
         raise WrongUse(f"{path} is not there")
+    if not whole(path):
+        raise WrongUse(f"{path} is cut off or damaged: fetch it again")  # ITK would fill it up with anything
     try:
         return orthonormal(read_series(path) if path.is_dir() else sitk.ReadImage(str(path)), path)
     except RuntimeError as error:
@@ -147,11 +151,37 @@ def uneven(folder: Path) -> str:
     )
 
 
+def whole(path: Path) -> bool:
+    """Whether a NIfTI file has all the bytes that its header asks for; of a compressed file, its checksum decides."""
+    try:
+        if path.name.endswith(".gz"):
+            with gzip.open(path) as file:
+                while file.read(1 << 22):
+                    pass
+        elif path.name.endswith(".nii"):
+            with path.open("rb") as file:
+                header = file.read(348)
+            order = _byte_order(header)
+            axes, *sizes = struct.unpack_from(f"{order}8h", header, 40)
+            (bits,), (offset,) = (
+                struct.unpack_from(f"{order}h", header, 72),
+                struct.unpack_from(f"{order}f", header, 108),
+            )
+            return path.stat().st_size >= offset + math.prod(sizes[:axes]) * bits // 8
+    except (OSError, EOFError, zlib.error, struct.error):
+        return False
+    return True
+
+
+def _byte_order(header: bytes) -> str:
+    return "<" if struct.unpack_from("<i", header, 0)[0] in (348, 540) else ">"
+
+
 def _read_bent_nifti(path: Path) -> sitk.Image:
     """ITK refuses a NIfTI file whose axes are not at right angles: read a copy with the nearest rotation in its header."""
     data = path.read_bytes()
     header = bytearray(gzip.decompress(data) if path.name.endswith(".gz") else data)
-    order = "<" if struct.unpack_from("<i", header, 0)[0] == 348 else ">"
+    order = _byte_order(header)
     affine = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)  # srow_x, srow_y, srow_z
     spacing = np.linalg.norm(affine[:, :3], axis=0)
     affine[:, :3] = nearest_rotation(affine[:, :3] / spacing) * spacing
@@ -168,7 +198,7 @@ def _read_bent_nifti(path: Path) -> sitk.Image:
 
 def _warn_bent(path: Path) -> None:
     warnings.warn(
-        f"the axes of {path} are not at right angles: read with the nearest direction that is", Repaired, stacklevel=4
+        f"the axes of {path} are not at right angles: read with the nearest direction that is", Repaired, stacklevel=2
     )
 
 
@@ -213,7 +243,7 @@ def _header_of(path: Path) -> Header:
         (*reader.GetSize(), 1)[:3],
         (*reader.GetSpacing(), 1.0)[:3],
         (*reader.GetOrigin(), 0.0)[:3],
-        tuple(direction.flat),
+        tuple((direction.ravel() + 0.0).tolist()),
     )
     return Header(geometry, parts * (reader.GetSize()[3] if n == 4 else 1), n == 2)
 

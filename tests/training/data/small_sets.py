@@ -103,7 +103,7 @@ def write_synapse(root: Path, ct, label, *, lists=True) -> Path:
             (root / "train_npz").mkdir(parents=True, exist_ok=True)
             names.append(f"case{n:04d}_slice{z:03d}")
             shown = organs[z].astype(np.float32)  # float, as there
-            np.savez(root / "train_npz" / f"{names[-1]}.npz", image=image[z], label=shown)
+            np.savez(root / "train_npz" / f"{names[-1]}.npz", image=image[z] * (1 - n / 1000), label=shown)
     (root / "test_vol_h5").mkdir()
     with h5py.File(root / "test_vol_h5" / "case0001.npy.h5", "w") as file:
         file["image"], file["label"] = image[:8], organs[:8].astype(np.float32)
