@@ -70,6 +70,7 @@ def train_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
 
