@@ -58,9 +58,7 @@ def stages(out: Path, length: Length, seed: int) -> dict[str, tuple[Path, RunCon
         accelerator="cpu",
     )
     # another seed than the teacher's, or the two would start from the same random numbers
-    student = replace(
-        teacher, network_args={"features": STUDENT_WIDTHS}, epochs=length.student_epochs, seed=seed + 1
-    )
+    student = replace(teacher, network_args={"features": STUDENT_WIDTHS}, epochs=length.student_epochs, seed=seed + 1)
     found = {"teacher": (out / "teacher", teacher), BASELINE: (out / "student", student)}
     for loss in ("cpkd", "dmd"):
         distilled = replace(student, losses=(LossTerm(loss),), teacher=str(out / "teacher"))
@@ -83,7 +81,7 @@ def run_demo(out: Path, *, length: Length = FULL, seed: int = 0) -> dict[str, En
         volumes = prepare(dataset, trained.preprocessing, trained.split.test)
         seen[name] = {}
         evaluation = evaluate(trained.network, dataset, volumes, patch=trained.patch, seen=seen[name])
-        finish_run(folder, trained, evaluation, {name: seen[name]}, volumes)
+        finish_run(folder, trained, evaluation, {name: seen[name]}, volumes, dataset)
         costs = _costs(config, rounds=length.timing_rounds)
         entries[name] = replace(entry_of(trained, evaluation), costs=costs, distilled=bool(config.losses))
     notes = findings(entries, BASELINE) + caveats([e.evaluation for e in entries.values()], notes_of(dataset))
