@@ -23,6 +23,7 @@ app = typer.Typer(
 # click's UsageError, from click or from the copy of it that newer typers carry
 _UsageError = typer.BadParameter.__mro__[1]
 
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; wrong use is one line on standard error and code 2, Ctrl-C is 130."""
     try:
@@ -30,7 +31,10 @@ def run(arguments: Sequence[str]) -> int:
     except WrongUse as error:
         print(f"medkd-fast: {error}", file=sys.stderr)
     except (KeyboardInterrupt, typer.Abort):
-        print("medkd-fast: stopped; the same command goes on where it was, train and distill with --resume", file=sys.stderr)
+        print(
+            "medkd-fast: stopped; the same command goes on where it was, train and distill with --resume",
+            file=sys.stderr,
+        )
         return 130
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "medkd-fast"

@@ -58,9 +58,7 @@ def stages(out: Path, length: Length, seed: int) -> dict[str, tuple[Path, RunCon
         accelerator="cpu",
     )
     # another seed than the teacher's, or the two would start from the same random numbers
-    student = replace(
-        teacher, network_args={"features": STUDENT_WIDTHS}, epochs=length.student_epochs, seed=seed + 1
-    )
+    student = replace(teacher, network_args={"features": STUDENT_WIDTHS}, epochs=length.student_epochs, seed=seed + 1)
     found = {"teacher": (out / "teacher", teacher), BASELINE: (out / "student", student)}
     for loss in ("cpkd", "dmd"):
         distilled = replace(student, losses=(LossTerm(loss),), teacher=str(out / "teacher"))
