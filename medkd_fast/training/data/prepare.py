@@ -23,7 +23,7 @@ from medkd_fast.training.data.read import read_header, read_images, read_label
 from medkd_fast.training.data.settings import Preprocessing
 from medkd_fast.training.errors import WrongUse
 
-__all__ = ["Preprocessing", "Volume", "plan", "prepare", "prepare_case", "to_source", "volume_of"]
+__all__ = ["Preprocessing", "Volume", "plan", "prepare", "prepare_case", "source_label", "to_source", "volume_of"]
 
 VERSION = 1  # of what this file does to the voxels: another number, another cache
 AIR = -500  # Hounsfield units: an image that goes below and whose channel does not say what it is, is a CT
@@ -166,6 +166,11 @@ def to_source(prediction: Tensor, volume: Volume) -> sitk.Image:
     return found[:, :, 0] if volume.flat else found
 
 
+def source_label(dataset: Dataset, case: Case) -> sitk.Image:
+    """A case's label as classes (0..K and `dataset.IGNORE`), uint8, on its file's grid, in LPS order, cut to the case's slices."""
+    return _as_classes(read_label(case), dataset, case)
+
+
 def lps_spacing(geometry: Geometry) -> tuple[float, float, float]:
     """Spacing (z, y, x) in mm that an image has once it is oriented to LPS."""
     axes = np.abs(np.array(geometry.direction).reshape(3, 3)).argmax(axis=1)  # image axis of x, y, z
@@ -278,11 +283,15 @@ def _made(dataset: Dataset, case: Case, settings: Preprocessing) -> tuple[dict[s
                 f"case {case.name}: the image ({source}) and its label {case.label} ({Geometry.of(label)}) lie on different "
                 "grids: resample the label to the image with nearest neighbour first"
             )
-        label = _crop(sitk.DICOMOrient(label, "LPS"), case)
-        classes = Geometry.of(label).stamp(sitk.GetImageFromArray(classes_of(label, dataset, case)))
+        classes = _as_classes(label, dataset, case)
         classes = resample(classes, spacing=settings.spacing, size=settings.size, labels=True)
         arrays["mask"] = sitk.GetArrayFromImage(classes)
     return arrays, {"grid": asdict(grid), "source": asdict(source), "flat": flat}
+
+
+def _as_classes(label: sitk.Image, dataset: Dataset, case: Case) -> sitk.Image:
+    label = _crop(sitk.DICOMOrient(label, "LPS"), case)
+    return Geometry.of(label).stamp(sitk.GetImageFromArray(classes_of(label, dataset, case)))
 
 
 def _image(case: Case, settings: Preprocessing) -> tuple[np.ndarray, Geometry, Geometry, bool]:
