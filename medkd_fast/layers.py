@@ -111,7 +111,9 @@ class Caught:
                 "after the distiller is made, not before"
             )
         images = next((x for x in self.inputs[0] if isinstance(x, torch.Tensor)), None) if self.inputs else None
-        return finest(self.outputs[name], images.dim() if images is not None and not name else None)
+        found = finest(self.outputs[name], images.dim() if images is not None and not name else None)
+        # of a tensor that carries more, as MONAI's with its affine, the values
+        return found if type(found) is torch.Tensor else torch.Tensor.as_subclass(found, torch.Tensor)
 
     def __getstate__(self) -> dict[str, Any]:
         return Caught(self.whose, self.in_eval).__dict__

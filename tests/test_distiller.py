@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import assert_close, in_new_process
+from operators import assert_close, in_new_processes
 from sources import ROOT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -486,10 +486,9 @@ def process(rank: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path) -> None:
-    in_new_process(
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import torch, test_distiller\n"
-        f"torch.multiprocessing.spawn(test_distiller.process, ({str(tmp_path)!r},), nprocs=2)\n"
+    in_new_processes(
+        f"import os, sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import test_distiller; test_distiller.process(int(os.environ['RANK']), {str(tmp_path)!r})"
     )
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_same(first["end"], second["end"], 0)

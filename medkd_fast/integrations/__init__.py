@@ -1,1 +1,1 @@
-"""Losses in other people's trainers. Each module needs the package that it is named after; none is imported with `medkd_fast`."""
+"""Distillation inside other people's trainers: one module each, imported only when asked for."""

@@ -42,7 +42,10 @@ def digest_of_content(path: Path, cache: Path) -> str:
         pass
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read(file)
-    write_atomically(note, lambda p: p.write_text(found))
+    try:
+        write_atomically(note, lambda p: p.write_text(found))
+    except OSError as error:
+        raise _not_writable(cache, error) from error
     return found
 
 
@@ -57,9 +60,7 @@ def store(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise WrongUse(
-            f"the cache {folder.parent} cannot be written ({error.strerror}): set {VARIABLE} to a folder with space"
-        ) from error
+        raise _not_writable(folder.parent, error) from error
     try:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
@@ -68,9 +69,7 @@ def store(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
         os.rename(temporary, folder)
     except OSError as error:
         if not folder.is_dir():
-            raise WrongUse(
-                f"the cache {folder.parent} cannot be written ({error.strerror}): set {VARIABLE} to a folder with space"
-            ) from error
+            raise _not_writable(folder.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -83,6 +82,10 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     except (OSError, ValueError, EOFError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def _not_writable(folder: Path, error: OSError) -> WrongUse:
+    return WrongUse(f"the cache {folder} cannot be written ({error.strerror}): set {VARIABLE} to a folder with space")
 
 
 def _read(file: Any) -> str:

@@ -71,15 +71,13 @@ def open_dataset(data: str | Path, layout: str | None = None) -> Dataset:
 
     Raises WrongUse where nothing is there, or nothing that is understood.
     """
-    from medkd_fast.training.data.layouts import LAYOUTS, builtin, recognise
+    from medkd_fast.training.data.layouts import BUILT_IN, LAYOUTS, recognise
 
-    if str(data) in builtin.BUILT_IN and layout is None:
-        return builtin.BUILT_IN[str(data)]()
+    if str(data) in BUILT_IN and layout is None:
+        return BUILT_IN[str(data)]()
     root = Path(data)
     if not root.exists():
-        raise WrongUse(
-            f"no data at {root}: give a folder, a CSV file or a built-in data set ({', '.join(builtin.BUILT_IN)})"
-        )
+        raise WrongUse(f"no data at {root}: give a folder, a CSV file or a built-in data set ({', '.join(BUILT_IN)})")
     if layout is not None and layout not in LAYOUTS:
         raise WrongUse(f"unknown layout {layout!r}: choose from {', '.join(LAYOUTS)}")
     return LAYOUTS[layout or recognise(root)].open(root)

@@ -32,6 +32,11 @@ class Geometry:
         direction = np.array(self.direction).reshape(n, n)
         return (np.array(self.origin)[:, None] + direction @ (indices * np.array(self.spacing)[:, None])).T
 
+    def lps(self, values: tuple) -> tuple:
+        """The values of the image's axes, such as its size, in the order z, y, x that they have once it is oriented to LPS."""
+        axes = np.abs(np.array(self.direction).reshape(3, 3)).argmax(axis=1)  # image axis along x, y and z
+        return tuple(values[a] for a in reversed(axes))
+
     def stamp(self, image: sitk.Image) -> sitk.Image:
         """The image itself, now lying on this grid."""
         image.SetSpacing(self.spacing)
@@ -73,14 +78,14 @@ def resample(
     if size is not None:
         for axis, count in enumerate(reversed(size)):
             new_spacing[axis] = old_size[axis] * old_spacing[axis] / count
-    # a thousandth of a voxel more than whole voxels is rounding
-    new_size = [max(1, math.ceil(n * o / s - 1e-3)) for n, o, s in zip(old_size, old_spacing, new_spacing, strict=True)]
-    if new_size == list(old_size) and np.allclose(new_spacing, old_spacing, rtol=1e-6):
+    # a twentieth of a voxel more than whole voxels is rounding
+    new_size = [max(1, math.ceil(n * o / s - 0.05)) for n, o, s in zip(old_size, old_spacing, new_spacing, strict=True)]
+    if new_size == list(old_size) and np.allclose(new_spacing, old_spacing, rtol=1e-3):
         return image
     if not labels:
         for axis in range(3):
             # the recursive filter needs four voxels; thinner images are not smoothed along that axis
-            if new_spacing[axis] > old_spacing[axis] * (1 + 1e-6) and old_size[axis] >= 4:
+            if new_spacing[axis] > old_spacing[axis] * 1.001 and old_size[axis] >= 4:
                 image = sitk.RecursiveGaussian(image, sigma=new_spacing[axis] / 2, direction=axis)
     # the origin is the centre of the first voxel: put the middles of the grids, not the first voxels, in one place
     first = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from medkd_fast.training.bars import track
 from medkd_fast.training.data import cache as store_of
+from medkd_fast.training.data import layouts  # noqa: F401  (they know how to read their files)
 from medkd_fast.training.data.dataset import Case, Dataset
 from medkd_fast.training.data.geometry import Geometry, resample, resample_onto, same_grid
-from medkd_fast.training.data.read import read_header, read_images, read_label
+from medkd_fast.training.data.layouts.common import stem
+from medkd_fast.training.data.read import counts_of, read_header, read_images, read_label
 from medkd_fast.training.data.settings import Preprocessing
 from medkd_fast.training.errors import WrongUse
 
@@ -118,6 +121,11 @@ def prepare(
     settings = plan(dataset, settings)
     cache = cache or store_of.default_cache()
     wanted = [dataset.case(n) for n in names] if names is not None else list(dataset.cases)
+    twice = [name for name, count in Counter(c.name for c in wanted).items() if count > 1]
+    if twice:
+        raise WrongUse(
+            f"{dataset.name}: the name {twice[0]!r} is that of several cases: every case needs one of its own"
+        )
     try:
         return {c.name: _cached(dataset, c, settings, cache) for c in track(wanted, "preparing", show=progress)}
     finally:
@@ -132,7 +140,7 @@ def prepare_case(case: Case | Path | str | Sequence[Path | str], settings: Prepr
     if not isinstance(case, Case):
         paths = [case] if isinstance(case, str | Path) else case
         files = tuple(Path(p) for p in paths)
-        case = Case(files[0].name, files[0].name, files)
+        case = Case(stem(files[0]), stem(files[0]), files)
     try:
         image, grid, source, flat = _image(case, settings)
     finally:
@@ -159,7 +167,7 @@ def to_source(prediction: Tensor, volume: Volume) -> sitk.Image:
         winner = np.zeros(best.shape, np.uint8)
         for c, scores in enumerate(prediction):
             on_grid = volume.grid.stamp(sitk.GetImageFromArray((scores.float() - lowest).numpy()))
-            values = sitk.GetArrayViewFromImage(resample_onto(on_grid, volume.source, labels=False))
+            values = sitk.GetArrayFromImage(resample_onto(on_grid, volume.source, labels=False))
             winner[values > best] = c
             np.maximum(best, values, out=best)
         found = volume.source.stamp(sitk.GetImageFromArray(winner))
@@ -171,43 +179,27 @@ def source_label(dataset: Dataset, case: Case) -> sitk.Image:
     return _as_classes(read_label(case), dataset, case)
 
 
-def lps_spacing(geometry: Geometry) -> tuple[float, float, float]:
-    """Spacing (z, y, x) in mm that an image has once it is oriented to LPS."""
-    axes = np.abs(np.array(geometry.direction).reshape(3, 3)).argmax(axis=1)  # image axis of x, y, z
-    return tuple(geometry.spacing[a] for a in reversed(axes))
-
-
 def classes_of(label: sitk.Image, dataset: Dataset, case: Case) -> np.ndarray:
     """A label volume's values as classes, uint8. Raises WrongUse for values that the data set does not know."""
     values = sitk.GetArrayViewFromImage(label)
-    present = values_of(values)
+    present = counts_of(values)
     unknown = unknown_values(present, dataset)
     if unknown:
         raise WrongUse(
-            f"{case.label} of case {case.name} holds {', '.join(unknown)}, which {dataset.name} does not name: its labels "
-            f"are {', '.join(f'{v:g}' for v in known_values(dataset))}"
+            f"{case.label} of case {case.name} holds {', '.join(unknown[:8])}, which {dataset.name} does not name: "
+            f"its labels are {', '.join(map(str, known_values(dataset)))}"
         )
-    mapping = dataset.label_values or {}
-    table = {float(v): mapping.get(int(v), 0) if dataset.label_values else int(v) for v in present}
     found = np.zeros(values.shape, np.uint8)
-    for value, c in table.items():
-        if c:
+    for value in present:
+        if c := class_of(value, dataset):
             found[values == value] = c
     return found
 
 
-def values_of(array: np.ndarray) -> np.ndarray:
-    """The different values in an array, in order; much faster than sorting where they are few whole numbers.
-
-    >>> values_of(np.array([3, -1, 3]))
-    array([-1,  3])
-    """
-    if np.issubdtype(array.dtype, np.integer) and array.size:
-        low, high = int(array.min()), int(array.max())
-        if high - low < 1 << 16:
-            shifted = array.reshape(-1) if low == 0 else array.reshape(-1).astype(np.int64) - low
-            return np.flatnonzero(np.bincount(shifted)) + low
-    return np.unique(array)
+def class_of(value: float, dataset: Dataset) -> int:
+    """The class that a value in a label file stands for; an unknown one counts as background."""
+    mapping = dataset.label_values or {c: c for c in dataset.classes}
+    return mapping.get(int(value), 0) if float(value).is_integer() else 0
 
 
 def known_values(dataset: Dataset) -> list[int]:
@@ -215,23 +207,25 @@ def known_values(dataset: Dataset) -> list[int]:
     return sorted(dataset.label_values or [0, *dataset.classes])
 
 
-def unknown_values(present: np.ndarray, dataset: Dataset) -> list[str]:
+def unknown_values(present: Iterable[float], dataset: Dataset) -> list[str]:
     """Those of a label volume's values that the data set does not know."""
     known = set(known_values(dataset))
-    whole = [float(v).is_integer() for v in present.tolist()]
     return [
-        f"{v:g}"
-        for v, w in zip(present.tolist(), whole, strict=True)
-        if not w or (int(v) not in known and not dataset.other_values)
+        f"{v:g}" for v in present if not float(v).is_integer() or (int(v) not in known and not dataset.other_values)
     ]
+
+
+def crop_slices(image: sitk.Image, case: Case) -> sitk.Image:
+    """The case's slices of an image in LPS order; all of it where the case is the whole volume."""
+    return image if case.slices is None else image[:, :, case.slices[0] : case.slices[1] + 1]
 
 
 def _median_spacing(cases: Sequence[Case], settings: Preprocessing) -> tuple[float | None, ...]:
     if settings.dims == 2 and settings.size is not None:
         return None, None, None
     volumes = {c.images: c for c in cases}.values()  # blocks of one volume count once
-    found = [lps_spacing(read_header(c).geometry) for c in track(volumes, "reading headers")]
-    z, y, x = (statistics.median(s) for s in zip(*found, strict=True))
+    grids = [read_header(c).geometry for c in track(volumes, "reading headers")]
+    z, y, x = (statistics.median(s) for s in zip(*(g.lps(g.spacing) for g in grids), strict=True))
     return (None if settings.dims == 2 else z, *((y, x) if settings.size is None else (None, None)))
 
 
@@ -240,7 +234,7 @@ def _intensities(dataset: Dataset, case: Case) -> tuple[str, ...]:
     for i, name in enumerate(dataset.channels):
         is_ct = name.casefold() == "ct"
         if name.casefold().startswith("image"):  # the name does not tell
-            is_ct = float(sitk.GetArrayViewFromImage(read_images(case)[i]).min()) < AIR
+            is_ct = float(sitk.GetArrayFromImage(read_images(case)[i]).min()) < AIR
         words.append("window" if is_ct else "zscore")
     return tuple(words)
 
@@ -290,13 +284,13 @@ def _made(dataset: Dataset, case: Case, settings: Preprocessing) -> tuple[dict[s
 
 
 def _as_classes(label: sitk.Image, dataset: Dataset, case: Case) -> sitk.Image:
-    label = _crop(sitk.DICOMOrient(label, "LPS"), case)
+    label = crop_slices(sitk.DICOMOrient(label, "LPS"), case)
     return Geometry.of(label).stamp(sitk.GetImageFromArray(classes_of(label, dataset, case)))
 
 
 def _image(case: Case, settings: Preprocessing) -> tuple[np.ndarray, Geometry, Geometry, bool]:
     channels, source, flat = _whole(case.images, case.reader, settings)
-    resampled = [resample(_crop(c, case), spacing=settings.spacing, size=settings.size) for c in channels]
+    resampled = [resample(crop_slices(c, case), spacing=settings.spacing, size=settings.size) for c in channels]
     arrays = [sitk.GetArrayFromImage(c) for c in resampled]
     for array, word in zip(arrays, settings.intensity, strict=True):
         if word in ("window", "percentile"):
@@ -341,10 +335,6 @@ def _normalise(image: sitk.Image, word: str, settings: Preprocessing) -> sitk.Im
             body = values[values != 0]
             values = (values - body.mean(dtype=np.float64)) / max(body.std(dtype=np.float64), 1e-8)
     return sitk.GetImageFromArray(values.astype(np.float32))
-
-
-def _crop(image: sitk.Image, case: Case) -> sitk.Image:
-    return image if case.slices is None else image[:, :, case.slices[0] : case.slices[1] + 1]
 
 
 def _zyx(grid: Geometry) -> tuple[float, float, float]:

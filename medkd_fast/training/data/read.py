@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +53,8 @@ def read_file(path: Path) -> sitk.Image:
     """One file, or one folder that holds a DICOM series; a direction that is not orthonormal is repaired with a warning."""
     if not path.exists():
         raise WrongUse(f"{path} is not there")
+    if not whole(path):
+        raise WrongUse(f"{path} is cut off or damaged: fetch it again")  # ITK would fill it up with anything
     try:
         return orthonormal(read_series(path) if path.is_dir() else sitk.ReadImage(str(path)), path)
     except RuntimeError as error:
@@ -62,6 +66,8 @@ def read_file(path: Path) -> sitk.Image:
 def read_series(folder: Path) -> sitk.Image:
     """The DICOM series in a folder, its slices sorted by position. Raises WrongUse where there is none or several."""
     files = series_files(folder)
+    if len(files) == 1:  # one slice, or all of them in one file
+        return sitk.ReadImage(files[0])
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
     return reader.Execute()
@@ -111,11 +117,71 @@ def nearest_rotation(matrix: np.ndarray) -> np.ndarray:
     return left @ right
 
 
+def counts_of(array: np.ndarray) -> dict[int | float, int]:
+    """How often every value is in an array; much faster than sorting where they are few whole numbers.
+
+    >>> counts_of(np.array([3, -1, 3]))
+    {-1: 1, 3: 2}
+    """
+    if np.issubdtype(array.dtype, np.integer) and array.size:
+        low, high = int(array.min()), int(array.max())
+        if high - low < 1 << 16:
+            flat = array.reshape(-1)
+            counts = np.bincount(flat if low == 0 else flat.astype(np.int64) - low)
+            return {int(i) + low: int(counts[i]) for i in np.flatnonzero(counts)}
+    values, counts = np.unique(array, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def uneven(folder: Path) -> str:
+    """What is wrong with the distances between the slices of a DICOM series; "" where they are equal to 1 %."""
+    positions = []
+    for file in series_files(folder):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        positions.append(reader.GetOrigin())
+    steps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
+    if not len(steps) or np.allclose(steps, np.median(steps), rtol=0.01):
+        return ""
+    worst = int(np.abs(steps - np.median(steps)).argmax())
+    return (
+        f"slices are missing or unevenly spaced: {np.median(steps):.3g} mm apart, but {steps[worst]:.3g} mm between slices "
+        f"{worst} and {worst + 1}; the volume is read as if they were even"
+    )
+
+
+def whole(path: Path) -> bool:
+    """Whether a NIfTI file has all the bytes that its header asks for; of a compressed file, its checksum decides."""
+    try:
+        if path.name.endswith(".gz"):
+            with gzip.open(path) as file:
+                while file.read(1 << 22):
+                    pass
+        elif path.name.endswith(".nii"):
+            with path.open("rb") as file:
+                header = file.read(348)
+            order = _byte_order(header)
+            axes, *sizes = struct.unpack_from(f"{order}8h", header, 40)
+            (bits,), (offset,) = (
+                struct.unpack_from(f"{order}h", header, 72),
+                struct.unpack_from(f"{order}f", header, 108),
+            )
+            return path.stat().st_size >= offset + math.prod(sizes[:axes]) * bits // 8
+    except (OSError, EOFError, zlib.error, struct.error):
+        return False
+    return True
+
+
+def _byte_order(header: bytes) -> str:
+    return "<" if struct.unpack_from("<i", header, 0)[0] in (348, 540) else ">"
+
+
 def _read_bent_nifti(path: Path) -> sitk.Image:
     """ITK refuses a NIfTI file whose axes are not at right angles: read a copy with the nearest rotation in its header."""
     data = path.read_bytes()
     header = bytearray(gzip.decompress(data) if path.name.endswith(".gz") else data)
-    order = "<" if struct.unpack_from("<i", header, 0)[0] == 348 else ">"
+    order = _byte_order(header)
     affine = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)  # srow_x, srow_y, srow_z
     spacing = np.linalg.norm(affine[:, :3], axis=0)
     affine[:, :3] = nearest_rotation(affine[:, :3] / spacing) * spacing
@@ -132,7 +198,7 @@ def _read_bent_nifti(path: Path) -> sitk.Image:
 
 def _warn_bent(path: Path) -> None:
     warnings.warn(
-        f"the axes of {path} are not at right angles: read with the nearest direction that is", Repaired, stacklevel=4
+        f"the axes of {path} are not at right angles: read with the nearest direction that is", Repaired, stacklevel=2
     )
 
 
@@ -151,16 +217,6 @@ def _label(case: Case) -> sitk.Image:
     if len(channels) != 1:
         raise WrongUse(f"the label {case.label} has {len(channels)} channels: one is wanted")
     return channels[0]
-
-
-def _tissues(case: Case) -> sitk.Image:
-    """Grey matter 1 and white matter 2 where the larger of the two probability maps is above one half, else 0."""
-    grey = read_file(case.label)
-    white = read_file(case.label.with_name(case.label.name.replace("_gm_", "_wm_")))
-    g, w = sitk.GetArrayViewFromImage(grey), sitk.GetArrayViewFromImage(white)  # 0..255
-    label = sitk.GetImageFromArray(np.where(np.maximum(g, w) > 127, np.where(w > g, 2, 1), 0).astype(np.uint8))
-    label.CopyInformation(grey)
-    return label
 
 
 def _header(case: Case) -> Header:
@@ -187,7 +243,7 @@ def _header_of(path: Path) -> Header:
         (*reader.GetSize(), 1)[:3],
         (*reader.GetSpacing(), 1.0)[:3],
         (*reader.GetOrigin(), 0.0)[:3],
-        tuple(direction.flat),
+        tuple((direction.ravel() + 0.0).tolist()),
     )
     return Header(geometry, parts * (reader.GetSize()[3] if n == 4 else 1), n == 2)
 
@@ -195,6 +251,8 @@ def _header_of(path: Path) -> Header:
 def _series_header(folder: Path) -> Header:
     """From the first and the last slice: a single slice's header does not know how far it is to the next."""
     files = series_files(folder)
+    if len(files) == 1:
+        return _header_of(Path(files[0]))
     ends = []
     for file in (files[0], files[-1]):
         reader = sitk.ImageFileReader()
@@ -203,8 +261,7 @@ def _series_header(folder: Path) -> Header:
         ends.append(reader)
     first, last = ends
     spacing = list(first.GetSpacing()[:3])
-    if len(files) > 1:
-        spacing[2] = float(np.linalg.norm(np.subtract(last.GetOrigin(), first.GetOrigin()))) / (len(files) - 1)
+    spacing[2] = float(np.linalg.norm(np.subtract(last.GetOrigin(), first.GetOrigin()))) / (len(files) - 1)
     size = (*first.GetSize()[:2], len(files))
     return Header(
         Geometry(size, tuple(spacing), first.GetOrigin(), first.GetDirection()), first.GetNumberOfComponents()
@@ -219,7 +276,5 @@ class Reader(NamedTuple):
     header: Callable[[Case], Header]
 
 
-READERS = {
-    "image": Reader(_images, _label, _header),
-    "mni152": Reader(_images, _tissues, _header),
-}
+FILES = Reader(_images, _label, _header)
+READERS = {"image": FILES}  # layouts with files of their own kind add theirs

@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+from medkd_fast.training.data.layouts import acdc, builtin, csv_pairs, decathlon, dicom, nnunet, synapse
 from medkd_fast.training.errors import WrongUse
 
-LAYOUTS: dict[str, ModuleType] = {}
+# in the order in which they are tried
+LAYOUTS: dict[str, ModuleType] = {
+    "nnunet": nnunet,
+    "decathlon": decathlon,
+    "acdc": acdc,
+    "synapse": synapse,
+    "csv": csv_pairs,
+    "dicom": dicom,
+}
+BUILT_IN = builtin.BUILT_IN
 
 
 def recognise(root: Path) -> str:

@@ -13,7 +13,11 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import SimpleITK as sitk
+
 from medkd_fast.training.data.dataset import Case, Dataset
+from medkd_fast.training.data.read import FILES, READERS, read_file
 from medkd_fast.training.data.settings import Preprocessing
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
@@ -139,3 +143,16 @@ def _one_subject(split: Split, cases: tuple[Case, ...], subject: str) -> str:
         f"One subject ({subject}): {counts[0]} slices trained on, {counts[1]} for validation and {counts[2]} for the test "
         "held out in blocks with a gap beside each. Nothing here speaks for other subjects."
     )
+
+
+def _tissues(case: Case) -> sitk.Image:
+    """Grey matter 1 and white matter 2 where the larger of the two probability maps is above one half, else 0."""
+    grey = read_file(case.label)
+    white = read_file(case.label.with_name(case.label.name.replace("_gm_", "_wm_")))
+    g, w = sitk.GetArrayViewFromImage(grey), sitk.GetArrayViewFromImage(white)  # 0..255
+    label = sitk.GetImageFromArray(np.where(np.maximum(g, w) > 127, np.where(w > g, 2, 1), 0).astype(np.uint8))
+    label.CopyInformation(grey)
+    return label
+
+
+READERS["mni152"] = FILES._replace(label=_tissues)
