@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-nnunet wheel fuzz sanitize cuda-report lint bench numerics losses-page gpu-check clean
+.PHONY: demo test test-nnunet wheel fuzz sanitize cuda-report lint bench numerics losses-page docs gpu-check clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench     microbenchmarks'
 	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
 	@echo 'make losses-page  write docs/losses.md from the docstrings of the losses'
+	@echo 'make docs      build the documentation into build/site'
 	@echo 'make gpu-check  build, test and measure on a GPU, with the Python that PYTHON names (STEPS="build bench": some of it)'
 	@echo 'make clean     remove what the others made'
 
@@ -101,9 +102,21 @@ numerics: .venv/test-$(KEY)
 losses-page: .venv/test-$(KEY)
 	$(BIN)/python docs/losses.py
 
+DOCS := .venv-docs
+DOCS_KEY := $(shell sha256sum docs/requirements.txt | cut -c1-16)
+$(DOCS)/installed-$(DOCS_KEY):
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	@rm -f $(DOCS)/installed-*
+	@touch $@
+
+docs: $(DOCS)/installed-$(DOCS_KEY)
+	$(DOCS)/bin/python -m mkdocs build --quiet --strict
+	$(DOCS)/bin/python docs/check_site.py build/site
+
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(STEPS)
 
 clean:
-	rm -rf .venv $(NNUNET) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache medkd_fast/*.so medkd_fast/_build.json
+	rm -rf .venv $(NNUNET) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache medkd_fast/*.so medkd_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,8 +2,8 @@
 
     eval "$(medkd-fast nnunet-path)"        # tells nnU-Net where the trainer is
     export MEDKD_FAST_TEACHER=$nnUNet_results/Dataset003_Liver/nnUNetTrainer__nnUNetResEncUNetLPlans__3d_fullres
-    nnUNetv2_train 3 3d_fullres 0 -tr nnUNetTrainerDistill -p nnUNetPlans
-    nnUNetv2_predict -d 3 -c 3d_fullres -tr nnUNetTrainerDistill -p nnUNetPlans -f 0 -i IN -o OUT
+    nnUNetv2_train 3 3d_fullres 0 -tr nnUNetTrainerDistill
+    nnUNetv2_predict -d 3 -c 3d_fullres -f 0 -tr nnUNetTrainerDistill -i IN -o OUT
 
 The plans decide what the student is; the teacher can be any trained model of the same labels and channels, also of other
 plans. Everything else, augmentation, deep supervision, mixed precision, clipping, is nnU-Net's own.
@@ -15,6 +15,7 @@ import ast
 import inspect
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -144,6 +145,8 @@ class Distillation(nn.Module):
         heads = labels.num_segmentation_heads
         self.losses = nn.ModuleList(make_loss(term, heads, labels.has_regions) for term in self.terms)
         self.losses.to(student.device)
+        names = [term.name or type(loss).__name__ for term, loss in zip(self.terms, self.losses, strict=True)]
+        self.names = [name if names.count(name) == 1 else f"{name} {i + 1}" for i, name in enumerate(names)]
         self.teacher_logits: Tensor | None = None
         self.seen: defaultdict[str, list[Tensor]] = defaultdict(list)
 
@@ -152,14 +155,14 @@ class Distillation(nn.Module):
         if self.teacher_logits is None:
             return total
         outputs, targets = (output, target) if isinstance(output, (list, tuple)) else ((output,), (target,))
-        for i, (term, loss) in enumerate(zip(self.terms, self.losses, strict=True)):
+        for name, term, loss in zip(self.names, self.terms, self.losses, strict=True):
             value = sum(
                 scale * self.compare(loss, maps, labels)
                 for scale, maps, labels in zip(self.scales, outputs, targets, strict=True)
                 if scale
             )
             total = total + term.weight * value
-            self.seen[term.name or f"{i + 1}: {type(loss).__name__}"].append(cast(Tensor, value).detach())
+            self.seen[name].append(cast(Tensor, value).detach())
         return total
 
     def compare(self, loss: nn.Module, student: Tensor, target: Tensor) -> Tensor:
@@ -216,17 +219,23 @@ def make_loss(term: Term, heads: int, has_regions: bool) -> nn.Module:
         raise ValueError(
             f"{name}: nnUNetTrainerDistill compares the networks' outputs, with a constant weight; use another loss"
         )
-    if not isinstance(term.loss, str):
-        return term.loss
-    asked = inspect.signature(kind).parameters
+    loss = term.loss if isinstance(term.loss, nn.Module) else _built(term.loss, term.settings, heads, has_regions)
+    if any(True for _ in loss.parameters()):
+        raise ValueError(f"{name}: trains a projection, which nnU-Net's optimiser does not know; use another loss")
+    return loss
+
+
+def _built(name: str, settings: Mapping[str, Any], heads: int, has_regions: bool) -> nn.Module:
+    """The loss of that name, with what nnU-Net's labels say."""
     if has_regions and name in SOFTMAX_OVER_CLASSES:
         raise ValueError(
             f"{name}: takes a softmax over the classes, and regions have sigmoid heads; use kd, dkd or cwd"
         )
-    settings: dict[str, Any] = {"num_classes": heads} if "num_classes" in asked else {}
-    settings |= {"ignore_index": IGNORED} if "ignore_index" in asked else {}
-    settings |= {"activation": "sigmoid"} if has_regions and "activation" in asked else {}
-    return build(name, **settings | dict(term.settings))
+    asked = inspect.signature(LOSSES[name]).parameters
+    known: dict[str, Any] = {"num_classes": heads, "ignore_index": IGNORED}
+    if has_regions:
+        known["activation"] = "sigmoid"
+    return build(name, **{key: value for key, value in known.items() if key in asked} | dict(settings))
 
 
 def teacher_folder(named: str | None, fold: int | str) -> tuple[Path, int | str]:

@@ -114,7 +114,10 @@ def test_loss_is_nnunets_plus_that_of_every_output(
     loss.teacher_logits = teacher(data).detach()
     expected = plain(outputs, targets)
     for scale, output, target in zip(plain.weight_factors, outputs, targets, strict=True):
-        logits = F.interpolate(loss.teacher_logits, size=output.shape[2:], mode="area")
+        # of other plans the logits are coarser than the finest output; to coarser outputs they are averaged
+        coarser = loss.teacher_logits.shape[2] < output.shape[2]
+        mode = {"mode": "bilinear", "align_corners": False} if coarser else {"mode": "area"}
+        logits = F.interpolate(loss.teacher_logits, size=output.shape[2:], **mode)
         if kind == "labels":
             p, q = (F.log_softmax(x / 2, 1) for x in (logits, output))
             divergence = (p.exp() * (p - q)).sum(1)
@@ -200,6 +203,7 @@ def test_wrong_teacher(
         ("kd:1:temperature=hot", "malformed"),
         ("dmd", "compares the networks' outputs"),
         ("dist", "sigmoid heads"),
+        ("fitnet:1:student_channels=2,teacher_channels=3", "trains a projection"),
     ],
 )
 def test_wrong_loss(text: str, said: str) -> None:
