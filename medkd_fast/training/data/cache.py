@@ -27,21 +27,18 @@ def default_cache() -> Path:
 
 
 def digest_of_content(path: Path, cache: Path) -> str:
-    """Digest of a file's bytes, or of the names and bytes in a folder.
+    """Digest of a file's bytes, or of the names and bytes of the files in a folder.
 
-    A large file is read once: the digest is remembered for its path, size and time of change.
+    They are read once: the digest is remembered for their paths, sizes and times of change.
     """
-    if path.is_dir():
-        parts = [f"{p.name} {digest_of_content(p, cache)}" for p in sorted(path.iterdir()) if p.is_file()]
-        return digest("\n".join(parts))
-    stat = path.stat()
-    note = cache / "digests" / digest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    note = cache / "digests" / digest(json.dumps(stats))
     try:
         return note.read_text()
     except OSError:
         pass
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read(file)
+    found = digest(json.dumps([(f.name if path.is_dir() else "", _of_bytes(f)) for f in files]))
     try:
         write_atomically(note, lambda p: p.write_text(found))
     except OSError as error:
@@ -88,8 +85,9 @@ def _not_writable(folder: Path, error: OSError) -> WrongUse:
     return WrongUse(f"the cache {folder} cannot be written ({error.strerror}): set {VARIABLE} to a folder with space")
 
 
-def _read(file: Any) -> str:
+def _of_bytes(path: Path) -> str:
     found = hashlib.sha256()
-    while block := file.read(1 << 20):
-        found.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
     return found.hexdigest()

@@ -29,6 +29,7 @@ from medkd_fast.training.errors import WrongUse
 __all__ = ["Preprocessing", "Volume", "plan", "prepare", "prepare_case", "source_label", "to_source", "volume_of"]
 
 VERSION = 1  # of what this file does to the voxels: another number, another cache
+BY_NAME = {"ct": "window", "nonorm": "none"}  # intensities by the channel's name, as in nnU-Net; others are z-scored
 AIR = -500  # Hounsfield units: an image that goes below and whose channel does not say what it is, is a CT
 
 
@@ -232,10 +233,10 @@ def _median_spacing(cases: Sequence[Case], settings: Preprocessing) -> tuple[flo
 def _intensities(dataset: Dataset, case: Case) -> tuple[str, ...]:
     words = []
     for i, name in enumerate(dataset.channels):
-        is_ct = name.casefold() == "ct"
-        if name.casefold().startswith("image"):  # the name does not tell
-            is_ct = float(sitk.GetArrayFromImage(read_images(case)[i]).min()) < AIR
-        words.append("window" if is_ct else "zscore")
+        word = BY_NAME.get(name.casefold(), "zscore")
+        if name.casefold().startswith("image") and sitk.GetArrayFromImage(read_images(case)[i]).min() < AIR:
+            word = "window"  # the name does not tell, but it is a CT
+        words.append(word)
     return tuple(words)
 
 
@@ -319,7 +320,7 @@ def _whole(images: tuple[Path, ...], reader: str, settings: Preprocessing) -> tu
 
 
 def _normalise(image: sitk.Image, word: str, settings: Preprocessing) -> sitk.Image:
-    values = sitk.GetArrayFromImage(image).astype(np.float32)
+    values = sitk.GetArrayFromImage(image).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     if word == "window":
@@ -334,7 +335,7 @@ def _normalise(image: sitk.Image, word: str, settings: Preprocessing) -> sitk.Im
             values = np.where(values != 0, np.clip(values, *np.percentile(body, settings.percentiles)), values)
             body = values[values != 0]
             values = (values - body.mean(dtype=np.float64)) / max(body.std(dtype=np.float64), 1e-8)
-    return sitk.GetImageFromArray(values.astype(np.float32))
+    return sitk.GetImageFromArray(values.astype(np.float32, copy=False))
 
 
 def _zyx(grid: Geometry) -> tuple[float, float, float]:

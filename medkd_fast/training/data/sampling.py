@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medkd_fast.training.bars import track
 from medkd_fast.training.data.prepare import Volume
 from medkd_fast.training.errors import WrongUse
 
@@ -40,9 +41,9 @@ def train_loader(
     """An epoch of `steps` batches (image [B, C, *patch] float32, label [B, 1, *patch] int64) of augmented draws.
 
     dims: 2 draws axial slices, 3 patches. patch: (rows, columns) or (slices, rows, columns). A third of the draws is centred
-    on a class that the volume has, each of its classes equally likely; the others take every slice once before any slice
-    twice (2-D), or any place of a volume (3-D). What lies outside of a volume gets its lowest intensity and the ignore
-    label, or the background where there is none.
+    on a class that the volume has, each of its classes equally likely; the others lie anywhere. Slices (2-D) and volumes (3-D)
+    come in a shuffled order, each once before any comes again. What lies outside of a volume gets the lowest intensity of the
+    patch, and the ignore label, or the background where there is none.
     batch_size: of this process; rank and world_size: which of the processes it is. The loader's sampler has `set_epoch`.
 
     Raises WrongUse for a patch of another number of axes and for no labelled volume.
@@ -69,6 +70,7 @@ def train_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
 
@@ -121,7 +123,7 @@ class Draws(Dataset[tuple[Tensor, Tensor]]):
         self.patch = (1, *patch) if self.flat else tuple(patch)
         self.outside = 0 if ignore_label is None else ignore_label
         self.augment = augment
-        self.places = [class_places(v.mask[0].numpy(), num_classes) for v in self.volumes]
+        self.places = [class_places(v.mask[0].numpy(), num_classes) for v in track(self.volumes, "looking for classes")]
         # in 2-D a draw of any place is a slice, in 3-D a volume
         self.units = [
             (v, z)

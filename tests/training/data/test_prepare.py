@@ -183,6 +183,7 @@ def test_plan_takes_medians_and_modalities(tmp_path, ct, label):
 
 def test_a_channel_that_does_not_say_what_it_is(tmp_path, ct):
     assert plan(replace(one(tmp_path, ct, None), channels=("image",))).intensity == ("window",)
+    assert plan(replace(one(tmp_path, ct, None), channels=("noNorm",))).intensity == ("none",)
     positive = sitk.Cast(ct + 3000, sitk.sitkInt16)
     assert plan(replace(one(tmp_path, positive, None), channels=("image",))).intensity == ("zscore",)
 
