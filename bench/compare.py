@@ -20,14 +20,14 @@ RECIPES = {
     "demo": {
         "data": ["--size", "64,64", "--patch", "64,64", "--intensity", "window"],
         "teacher": ["--network-arg", "features=16,16,32,64,128,16", "--epochs", "10"],
-        "student": ["--student-arg", "features=4,8,16,32,32,4", "--epochs", "6"],
+        "student": ["--student-arg", "features=4,8,16,32,32,4", "--epochs", "4"],
         "both": ["--steps", "50", "--batch-size", "4", "--learning-rate", "0.01", "--accelerator", "cpu"],
     },
     # patches of 32 x 96 x 96 mm at 2 mm
     "mni152": {
         "data": ["--dims", "3", "--spacing", "2,2,2", "--patch", "16,48,48"],
-        "teacher": ["--network-arg", "features=16,16,32,32,64,16", "--epochs", "6"],
-        "student": ["--student-arg", "features=4,4,8,8,16,4", "--epochs", "3"],
+        "teacher": ["--network-arg", "features=16,16,32,32,64,16", "--epochs", "3"],
+        "student": ["--student-arg", "features=4,4,8,8,16,4", "--epochs", "2"],
         "both": ["--steps", "50", "--batch-size", "2", "--learning-rate", "0.01", "--accelerator", "cpu"],
     },
 }

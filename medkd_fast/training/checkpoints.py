@@ -70,7 +70,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for i, path in enumerate(there):
         try:
             return path, read_checkpoint(path)
-        except Exception as error:  # zip, pickle and system errors of many kinds
+        except Exception as error:  # noqa: BLE001  zip, pickle, system errors
             _say_damaged(path, error, there[i + 1 :])
     if there:
         raise WrongUse(f"all checkpoints in {folder} are damaged: train again into another --out")

@@ -316,6 +316,17 @@ def doctor() -> None:
     print("\n".join(doctor_lines()))
 
 
+@app.command()
+def nnunet_path() -> None:
+    """Print what to tell the shell so that nnU-Net finds nnUNetTrainerDistill.
+
+    Example: medkd-fast nnunet-path
+    """
+    from medkd_fast.integrations.nnunet_path import export_line
+
+    print(export_line())
+
+
 def _fit(options: dict[str, Any]) -> None:
     from pytorch_lightning.utilities import rank_zero_only
 

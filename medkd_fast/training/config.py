@@ -84,7 +84,9 @@ class RunConfig:
         _set(self, "precision", str(self.precision))  # 32 is a number in YAML
         _set(self, "patch", _tuple("patch", self.patch, (2, 3), int))
         _set(self, "fractions", _tuple("fractions", self.fractions, (3,), (int, float)))
-        _set(self, "losses", check_terms([t if isinstance(t, LossTerm) else LossTerm.from_dict(t) for t in self.losses]))
+        _set(
+            self, "losses", check_terms([t if isinstance(t, LossTerm) else LossTerm.from_dict(t) for t in self.losses])
+        )
         if bool(self.losses) != bool(self.teacher):
             raise WrongUse("distillation losses need a teacher, and a teacher needs a loss: give both")
         if self.cache_teacher and not self.teacher:
@@ -94,7 +96,9 @@ class RunConfig:
         """Plain values, for YAML and checkpoints."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         preprocessing = self.preprocessing
-        values["preprocessing"] = preprocessing.to_dict() if isinstance(preprocessing, Preprocessing) else dict(preprocessing)
+        values["preprocessing"] = (
+            preprocessing.to_dict() if isinstance(preprocessing, Preprocessing) else dict(preprocessing)
+        )
         values["network_args"] = dict(self.network_args)
         values["losses"] = [term.to_dict() for term in self.losses]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -167,7 +171,13 @@ _TYPES: dict[Any, tuple[type, ...]] = {
 
 
 def _words(types: Sequence[type]) -> str:
-    names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "nothing"}
+    names = {
+        "str": "text",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "NoneType": "nothing",
+    }
     return " or ".join(names.get(t.__name__, t.__name__.lower()) for t in types)
 
 
@@ -175,7 +185,9 @@ def _tuple(name: str, value: Any, lengths: tuple[int, ...], kind: Any) -> tuple 
     if value is None:
         return None
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if len(values) not in lengths or not all(isinstance(v, kind) and not isinstance(v, bool) and v >= 0 for v in values):
+    if len(values) not in lengths or not all(
+        isinstance(v, kind) and not isinstance(v, bool) and v >= 0 for v in values
+    ):
         raise WrongUse(f"{name} must be {' or '.join(map(str, lengths))} numbers, got {value!r}")
     return values
 

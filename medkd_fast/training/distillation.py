@@ -97,7 +97,15 @@ class LossTerm:
 
 
 # what the networks and the data say, not the user
-_FILLED_IN = ("num_classes", "feature_channels", "spatial_dims", "student_channels", "teacher_channels", "ignore_index", "process_group")
+_FILLED_IN = (
+    "num_classes",
+    "feature_channels",
+    "spatial_dims",
+    "student_channels",
+    "teacher_channels",
+    "ignore_index",
+    "process_group",
+)
 
 
 def parse_loss(text: str) -> LossTerm:

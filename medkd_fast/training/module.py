@@ -101,7 +101,9 @@ class SegmentationModule(pl.LightningModule):
             counted = volume.mask[0] < self.num_classes  # all but the ignore label
             p, y = logits.argmax(0)[counted], volume.mask[0][counted].long()
             # overlap, predicted, labelled
-            self._counts[number] = torch.stack([torch.bincount(v, minlength=self.num_classes) for v in (y[p == y], p, y)])
+            self._counts[number] = torch.stack(
+                [torch.bincount(v, minlength=self.num_classes) for v in (y[p == y], p, y)]
+            )
 
     def on_validation_epoch_end(self) -> None:
         # every process has counted its volumes and has 0 for the others

@@ -89,7 +89,9 @@ def find_network(name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise WrongUse(f"network {name!r}: {error}; give module:callable, importable from the current folder") from error
+        raise WrongUse(
+            f"network {name!r}: {error}; give module:callable, importable from the current folder"
+        ) from error
     if not callable(found):
         raise WrongUse(f"network {name!r} is no class or function but a {type(found).__name__}")
     return found

@@ -21,7 +21,9 @@ def _option(text: str, default: str | bool = False, *names: str, **more: Any) ->
     return typer.Option(*names, help=text, show_default=default, **more)
 
 
-Data = Annotated[_Text, typer.Argument(help="Folder, CSV file, or demo or mni152. [default: data in --config]", show_default=False)]
+Data = Annotated[
+    _Text, typer.Argument(help="Folder, CSV file, or demo or mni152. [default: data in --config]", show_default=False)
+]
 Out = Annotated[Path, typer.Option(help="Folder of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the killed run in --out.")]
 Config = Annotated[Optional[Path], _option("YAML file of settings, such as a run's config.yaml; options win over it.")]
@@ -32,7 +34,9 @@ Dims = Annotated[_Int, _option("2 learns from axial slices, 3 from patches.", "t
 Patch = Annotated[_Text, _option("Size of slices or patches, such as 96,96,96.", "from the volumes")]
 Spacing = Annotated[_Text, _option("Spacing z,y,x of the voxels in mm.", "the median")]
 Size = Annotated[_Text, _option("Rows,columns to which every slice is resampled, in place of a spacing.")]
-Intensity = Annotated[_Text, _option("window, percentile, zscore or none, one a channel.", "window for CT, else zscore")]
+Intensity = Annotated[
+    _Text, _option("window, percentile, zscore or none, one a channel.", "window for CT, else zscore")
+]
 Fractions = Annotated[_Text, _option("Shares of the patients for train,validation,test.", "0.7,0.1,0.2")]
 Epochs = Annotated[_Int, _option("Epochs of --steps steps.", "100")]
 Steps = Annotated[_Int, _option("Optimiser steps an epoch.", "50")]

@@ -139,7 +139,9 @@ class Plan:
     def num_classes(self) -> int:
         return len(self.dataset.classes) + 1
 
-    def loader(self, *, rank: int = 0, world_size: int = 1, teacher_logits: Mapping[str, Any] | None = None) -> DataLoader:
+    def loader(
+        self, *, rank: int = 0, world_size: int = 1, teacher_logits: Mapping[str, Any] | None = None
+    ) -> DataLoader:
         """The batches of an epoch of one process."""
         assert self.config.patch is not None
         return train_loader(
@@ -337,7 +339,9 @@ def write_folder(run: Plan, folder: RunFolder) -> None:
     asked = run.config.to_dict()
     if folder.config.exists():
         there = RunConfig.from_dict(read_yaml(folder.config)).to_dict()
-        changed = [f"{k} is {there[k]}, asked for {v}" for k, v in asked.items() if k not in _MAY_DIFFER and there[k] != v]
+        changed = [
+            f"{k} is {there[k]}, asked for {v}" for k, v in asked.items() if k not in _MAY_DIFFER and there[k] != v
+        ]
         if changed:
             raise WrongUse(
                 f"{folder.path} holds a run of another configuration ({'; '.join(changed)}): "
@@ -351,7 +355,9 @@ def write_folder(run: Plan, folder: RunFolder) -> None:
         write_json(folder.path / "versions.json", versions())
         write_yaml(folder.config, run.config)  # last: with it, the folder holds a run
     except OSError as error:
-        raise WrongUse(f"{folder.path} cannot be written ({error.strerror}): make room or choose another --out") from error
+        raise WrongUse(
+            f"{folder.path} cannot be written ({error.strerror}): make room or choose another --out"
+        ) from error
 
 
 def check_teacher(teacher: Trained, dataset: Dataset, preprocessing: Preprocessing) -> None:
@@ -426,9 +432,7 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
-def _asked(
-    given: Preprocessing | Mapping[str, Any], dataset: Dataset, teacher: Trained | None
-) -> Preprocessing:
+def _asked(given: Preprocessing | Mapping[str, Any], dataset: Dataset, teacher: Trained | None) -> Preprocessing:
     """What was asked for; for the rest the teacher's choices (a student sees what it saw), else the data set's."""
     if isinstance(given, Preprocessing):
         return given

@@ -17,7 +17,7 @@ from medkd_fast.training.config import RunConfig, merged, read_yaml
 from medkd_fast.training.data.layouts import builtin
 from medkd_fast.training.runs import RunFolder, load_run
 
-COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+COMMANDS = [(command.name or command.callback.__name__).replace("_", "-") for command in app.registered_commands]
 # a tiny run of the small data set
 TINY = ["--epochs", "1", "--steps", "2", "--intensity", "none", "--accelerator", "cpu"]
 THIN = "features=4,4,4,8,8,4"

@@ -107,15 +107,30 @@ def test_two_processes_give_the_gradients_of_one(both, name):
     scale = max(g.abs().max() for g in one[name].values())
     for parameter, gradient in one[name].items():
         # sums of float32 in another order
-        torch.testing.assert_close(two[name][parameter], gradient, rtol=1e-3, atol=2e-5 * scale, msg=lambda m, p=parameter: f"{p}: {m}")
+        torch.testing.assert_close(
+            two[name][parameter], gradient, rtol=1e-3, atol=2e-5 * scale, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
 
 
 def test_a_run_with_two_processes_ends_where_one_with_twice_the_batch_does(tmp_path, config):
     """Through the command line and Lightning: the same draws, the same weights, the same validation."""
     options = ["--network-arg", "features=4,4,4,8,8,4", "--intensity", "none", "--epochs", "2", "--steps", "3"]
     options += ["--accelerator", "cpu", "--seed", "3"]
-    for out, more in (("one", ["--batch-size", "4"]), ("two", ["--batch-size", "2", "--devices", "2", "--strategy", "ddp"])):
-        command = [sys.executable, "-m", "medkd_fast.cli", "train", config.data, *options, *more, "--out", str(tmp_path / out)]
+    for out, more in (
+        ("one", ["--batch-size", "4"]),
+        ("two", ["--batch-size", "2", "--devices", "2", "--strategy", "ddp"]),
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "medkd_fast.cli",
+            "train",
+            config.data,
+            *options,
+            *more,
+            "--out",
+            str(tmp_path / out),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("the run is in") == 1  # the first process speaks for all

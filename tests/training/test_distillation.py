@@ -22,7 +22,10 @@ from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.networks import build_network, check_network
 
 CLASSES = 4
-STUDENTS = {2: ("BasicUNet", {"features": [4, 6, 8, 10, 12, 5]}, 32), 3: ("UNet", {"channels": [4, 6, 8], "strides": [2, 2]}, 16)}
+STUDENTS = {
+    2: ("BasicUNet", {"features": [4, 6, 8, 10, 12, 5]}, 32),
+    3: ("UNet", {"channels": [4, 6, 8], "strides": [2, 2]}, 16),
+}
 
 
 @lru_cache
@@ -66,7 +69,10 @@ def test_how_losses_are_written():
         ("kd:-1", "the weight of kd must be positive and finite, got -1"),
         ("kd:0", "the weight of kd must be positive"),
         ("kd:1,2", "the weight of kd must be a number"),
-        ("kd:temprature=2", "kd has no setting 'temprature': choose from weight, student, teacher, warm_up, temperature"),
+        (
+            "kd:temprature=2",
+            "kd has no setting 'temprature': choose from weight, student, teacher, warm_up, temperature",
+        ),
         ("dmd:num_classes=2", "dmd has no setting 'num_classes'"),
         ("kd:warm_up=-1", "warm_up of kd must be a number of steps"),
         ("kd:temperature=1,temperature=2", "temperature is given twice"),
@@ -110,7 +116,10 @@ def test_layers_where_none_is_named():
     [
         ("at:student=upcat_9", "there is no layer 'upcat_9'; near it: upcat_"),
         ("at:student=upcat_1,teacher=nothing", "the layers of the teacher for at: there is no layer 'nothing'"),
-        ("at:student=upcat_1,upcat_2,teacher=up_layers.1", "at has 2 layers of the student (upcat_1, upcat_2) and 1 of the"),
+        (
+            "at:student=upcat_1,upcat_2,teacher=up_layers.1",
+            "at has 2 layers of the student (upcat_1, upcat_2) and 1 of the",
+        ),
     ],
 )
 def test_layers_that_do_not_exist(text, message):
@@ -176,7 +185,9 @@ def test_what_a_loss_trains_along_comes_from_the_seed():
     terms = resolve([LossTerm("fitnet"), LossTerm("dmd")], seen, its_seen)
     made = []
     for _ in range(2):
-        kd = make_distiller(terms, student=net, teacher=its_teacher, surveys=(seen, its_seen), ignore_index=None, seed=7)
+        kd = make_distiller(
+            terms, student=net, teacher=its_teacher, surveys=(seen, its_seen), ignore_index=None, seed=7
+        )
         made.append([p.clone() for p in kd.losses.parameters()])
         kd.close()
         torch.rand(3)

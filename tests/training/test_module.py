@@ -83,7 +83,9 @@ def test_the_teacher_answers_unchanged(config, teacher):
     assert torch.equal(network(batch[0]), load_run(teacher).network(batch[0]))
     assert not any(k.startswith("model.teacher") for k in module.state_dict())
     learned = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
-    assert learned == {id(p) for p in module.model.parameters()} and len(learned) > len(list(module.network.parameters()))
+    assert learned == {id(p) for p in module.model.parameters()} and len(learned) > len(
+        list(module.network.parameters())
+    )
 
 
 def test_students_start_alike_whatever_helps_them(config, teacher):

@@ -142,7 +142,9 @@ def test_networks_that_cannot_be_built(name, arguments, message):
 
 
 def test_networks_that_do_not_fit_the_patch(capfd):
-    with pytest.raises(WrongUse, match=r"BasicUNet does not run on patches of \(8, 8\) with 2 channel.*another --patch"):
+    with pytest.raises(
+        WrongUse, match=r"BasicUNet does not run on patches of \(8, 8\) with 2 channel.*another --patch"
+    ):
         check_network(built("BasicUNet", features=[4] * 6), "BasicUNet", (2, 2, 8, 8), 3)
     with pytest.raises(WrongUse, match=r"gives logits \(2, 3, 64, 64\) .* wanted \(2, 4, 64, 64\)"):
         check_network(built("BasicUNet", features=[4] * 6), "BasicUNet", (2, 2, 64, 64), 4)
@@ -150,7 +152,14 @@ def test_networks_that_do_not_fit_the_patch(capfd):
 
 
 def test_arguments_as_text():
-    text = ["features=16,16,32", "norm=('group', {'num_groups': 4})", "strides=[[1,2,2],2]", "act=relu", "deep=true", "p=.5"]
+    text = [
+        "features=16,16,32",
+        "norm=('group', {'num_groups': 4})",
+        "strides=[[1,2,2],2]",
+        "act=relu",
+        "deep=true",
+        "p=.5",
+    ]
     assert parse_arguments(text) == {
         "features": [16, 16, 32],
         "norm": ["group", {"num_groups": 4}],

@@ -208,7 +208,9 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays_whole(tmp_path,
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or the kernel would end the process
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-        with pytest.raises(WrongUse, match=r"last.ckpt cannot be written \(File too large\); the one before it is whole"):
+        with pytest.raises(
+            WrongUse, match=r"last.ckpt cannot be written \(File too large\); the one before it is whole"
+        ):
             kept.save_checkpoint({"weights": torch.rand(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -286,14 +288,16 @@ def test_a_student_from_recorded_logits(tmp_path, config, teacher, cache):
     torch.testing.assert_close(logits["case0"].float(), direct, rtol=2**-8, atol=1e-3)  # bfloat16 has 8 bits
     assert logits["case0"].dtype == torch.bfloat16
     # without augmentation a batch's logits are those of its image
-    image, _, replayed = next(iter(run.loader(teacher_logits=logits)))
+    _, _, replayed = next(iter(run.loader(teacher_logits=logits)))
     assert replayed.shape == (4, 5, 32, 32) and replayed.dtype == torch.float32
     files = sorted((cache / "teachers").glob("*/logits.npy"))
     times = [f.stat().st_mtime_ns for f in files]
     fit(config, tmp_path / "run")
     assert sorted((cache / "teachers").glob("*/logits.npy")) == files and [f.stat().st_mtime_ns for f in files] == times
     assert read_curve(tmp_path / "run", "kd")[1][-1] > 0
-    with pytest.raises(WrongUse, match=r"cache_teacher keeps the teacher's logits alone, and cpkd compares its layers \(upc"):
+    with pytest.raises(
+        WrongUse, match=r"cache_teacher keeps the teacher's logits alone, and cpkd compares its layers \(upc"
+    ):
         plan_run(config.resolved(losses=("kd", "cpkd")))
 
 
@@ -349,7 +353,9 @@ def test_only_the_student_is_kept(whole, config, helped):
     content = state(RunFolder(whole).last)
     assert {k.split(".")[1] for k in content["state_dict"]} == {"student", "losses"}
     trained = load_run(whole)
-    alone = build_network("BasicUNet", helped.network_args, dims=2, in_channels=1, num_classes=5, patch=(32, 32), seed=0)
+    alone = build_network(
+        "BasicUNet", helped.network_args, dims=2, in_channels=1, num_classes=5, patch=(32, 32), seed=0
+    )
     assert parameter_count(trained.network) == parameter_count(alone)
     assert asdict(trained.split)["test"] == ("case4", "case5")
 

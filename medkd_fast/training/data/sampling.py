@@ -257,9 +257,7 @@ def crop_map(x: Tensor, centre: Sequence[int], size: Sequence[int]) -> Tensor:
     return F.pad(patch, room, mode="replicate") if any(room) else patch
 
 
-def _window(
-    shape: Sequence[int], centre: Sequence[int], size: Sequence[int]
-) -> tuple[tuple[slice, ...], list[int]]:
+def _window(shape: Sequence[int], centre: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[int]]:
     """What of an array [C, *shape] a patch covers, and by how much it leaves it, as `F.pad` wants it."""
     inside, room = [slice(None)], []
     for c, n, p in zip(centre, shape, size, strict=True):
