@@ -47,9 +47,10 @@ def calls(name: str, student: torch.Tensor, teacher: torch.Tensor, target: torch
             {"features": [feature]},
         )
     elif name == "dsd":
-        layers = [[x, x[:, :16], x[:, 16:]] for x in both]
+        parts = [x.split((CLASSES, 7, x.shape[1] - CLASSES - 7), 1) for x in both]
+        layers = [[x, *of_x[1:]] for x, of_x in zip(both, parts, strict=True)]
         extra = {"student_features": layers[0], "teacher_features": layers[1]}
-        both = (student[:, :CLASSES], teacher[:, :CLASSES])
+        both = (parts[0][0], parts[1][0])
         others = (*both, *layers)
     elif name == "emkd":
         settings, extra = {"num_classes": CLASSES}, {"student_features": [student], "teacher_features": [teacher]}
