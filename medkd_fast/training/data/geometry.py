@@ -83,10 +83,11 @@ def resample(
     if new_size == list(old_size) and np.allclose(new_spacing, old_spacing, rtol=1e-3):
         return image
     if not labels:
-        for axis in range(3):
-            # the recursive filter needs four voxels; thinner images are not smoothed along that axis
-            if new_spacing[axis] > old_spacing[axis] * 1.001 and old_size[axis] >= 4:
-                image = sitk.RecursiveGaussian(image, sigma=new_spacing[axis] / 2, direction=axis)
+        for axis, (new, old) in enumerate(zip(new_spacing, old_spacing, strict=True)):
+            # half of a voxel's width of blur, less what the old voxels have of it; the recursive filter needs four voxels
+            sigma = math.sqrt(max(new**2 - old**2, 0.0)) / 2
+            if sigma > 0.2 * old and old_size[axis] >= 4:
+                image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
     # the origin is the centre of the first voxel: put the middles of the grids, not the first voxels, in one place
     first = [
         (n - 1) / 2 - (m - 1) / 2 * s / o

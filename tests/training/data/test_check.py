@@ -117,9 +117,10 @@ def test_label_out_of_range_and_not_whole(root, label):
         prepare(open_dataset(root))
     write(changed(label, lambda a: a.astype(np.float32) * 0.5), root / "labelsTr" / "ct_000.nii.gz")
     assert "holds 0.5, 1.5, 2.5, 4, which" in only(root)[2]
-    # whole numbers in a floating point file are fine
-    write(sitk.Cast(label, sitk.sitkFloat64), root / "labelsTr" / "ct_000.nii.gz")
-    assert findings(root) == []
+    # whole numbers of any type are fine
+    for kind in (sitk.sitkFloat64, sitk.sitkInt16, sitk.sitkUInt64):
+        write(sitk.Cast(label, kind), root / "labelsTr" / "ct_000.nii.gz")
+        assert findings(root) == []
 
 
 def test_ignored_voxels_are_counted(tmp_path, ct, label):

@@ -135,6 +135,16 @@ def test_resampling_keeps_physical_places():
     np.testing.assert_array_equal(small_box, expected_box)
 
 
+@pytest.mark.parametrize("factor", [1.05, 1.5, 4.0])
+def test_smoothing_grows_with_the_step(factor):
+    # white noise: what is left of its variance falls with the step, and nearly all of it stays where there is hardly one
+    noise = np.random.default_rng(0).standard_normal((4, 120, 120)).astype(np.float32)
+    smoothed = sitk.GetArrayFromImage(resample(sitk.GetImageFromArray(noise), spacing=(None, None, factor)))
+    linear = sitk.GetArrayFromImage(resample(sitk.GetImageFromArray(noise), spacing=(None, None, 1 / 1.05)))
+    left = smoothed[..., 5:-5].var() / linear[..., 5:-5].var()
+    assert {1.05: 0.85, 1.5: 0.3, 4.0: 0.1}[factor] < left < {1.05: 1.1, 1.5: 0.8, 4.0: 0.3}[factor]
+
+
 def test_finer_grids_go_on_at_the_edges_and_thin_volumes_pass():
     flat = sitk.Image(5, 5, 1, sitk.sitkFloat32) + 7
     found = sitk.GetArrayFromImage(resample(flat, spacing=(None, 0.3, 0.7)))
