@@ -157,6 +157,17 @@ def doctor() -> None:
     print("\n".join(doctor_lines()))
 
 
+@app.command()
+def nnunet_path() -> None:
+    """Print what to tell the shell so that nnU-Net finds nnUNetTrainerDistill.
+
+    Example: medkd-fast nnunet-path
+    """
+    from medkd_fast.integrations.nnunet_path import export_line
+
+    print(export_line())
+
+
 def parse_widths(text: str) -> tuple[int, ...]:
     """Raises WrongUse for anything but six integers >= 1.
 
