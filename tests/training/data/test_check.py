@@ -267,6 +267,11 @@ def test_the_command_prints_and_says_by_its_exit_code(root, capsys):
     assert "unknown layout 'bids'" in capsys.readouterr().err
 
 
+def test_the_command_has_help_with_an_example(capsys):
+    assert main(["data", "-h"]) == 0
+    assert "Example: medkd-fast data demo" in capsys.readouterr().out
+
+
 def test_labels_of_the_command_are_not_taken_for_markup(tmp_path, ct, label, capsys):
     root = write_nnunet(tmp_path / "s", ct, label, labels={"background": 0, **ORGANS, "[bold]cyst[/bold]": 9})
     info = json.loads((root / "dataset.json").read_text())
