@@ -1,7 +1,7 @@
 """Builds the native libraries beside the Python package.
 
 `medkd_fast/_cpu.so` uses nothing but libtorch's stable ABI and is loaded with `torch.ops.load_library`, so one wheel
-serves every Python >= 3.10 and torch >= 2.10. Where there is no C++ compiler the package installs without it, and
+serves every Python >= 3.10 and torch >= 2.10, on every Linux with glibc 2.28 or newer (csrc/manylinux.cpp). Where there is no C++ compiler the package installs without it, and
 `medkd-fast doctor` says why. `medkd_fast/_cuda.so` is made wherever nvcc is, also without a GPU and with a torch that
 was built without CUDA; MEDKD_FAST_NO_CUDA=1 leaves it out.
 """
@@ -61,6 +61,11 @@ TORCH_FLAGS = [
 ]
 # Loops keep infinities and NaN; they only promise not to look at errno and floating-point traps.
 LOOP_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+EXPORTS = ROOT / "csrc/exports.map"
+#: The newest versions of the system's libraries that a wheel for manylinux_2_28 may ask for (PEP 600).
+MANYLINUX = "manylinux_2_28"
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+ASKED_FOR = re.compile(r" (GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)$", re.MULTILINE)
 INSTRUCTION_SETS = {"portable": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-march=x86-64-v3"]
@@ -135,7 +140,7 @@ def cpu_jobs() -> list[tuple[Path, list[str]]]:
     ]
     jobs += [(path, [*INCLUDES, *TORCH_FLAGS]) for path in sources]
     jobs += [(ROOT / "csrc/schema.cpp", [*INCLUDES, *TORCH_FLAGS, '-DMEDKD_BACKEND="cpp"'])]
-    return [*jobs, (ROOT / "csrc/cpu/isa.cpp", isa)]
+    return [*jobs, (ROOT / "csrc/cpu/isa.cpp", isa), (ROOT / "csrc/manylinux.cpp", [])]
 
 
 def cuda_jobs() -> list[tuple[Path, list[str]]]:
@@ -149,7 +154,7 @@ def build_cpu(target: Path, directory: Path) -> str:
     command = [*compiler().split(), *FLAGS]
     objects = compile_objects([(source, [*command, *flags]) for source, flags in cpu_jobs()], directory)
     link = [*compiler().split(), *SANITIZE, "-shared", "-o", str(target), *map(str, objects)]
-    link += [f"-L{TORCH_LIBRARIES}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    link += [f"-L{TORCH_LIBRARIES}", f"-Wl,--no-as-needed,--version-script={EXPORTS}", "-ltorch", "-ltorch_cpu"]
     run(link)
     return f"built with {run([*compiler().split(), '--version']).splitlines()[0]} against torch {torch.__version__}"
 
@@ -157,10 +162,11 @@ def build_cpu(target: Path, directory: Path) -> str:
 def build_cuda(target: Path, directory: Path) -> str:
     if os.environ.get("MEDKD_FAST_NO_CUDA") == "1" or SANITIZE:
         raise Missing("MEDKD_FAST_NO_CUDA=1" if not SANITIZE else "MEDKD_FAST_SANITIZE=1 is for the CPU")
-    compiler()  # nvcc needs one too
-    objects = compile_objects([(source, [nvcc(), *flags]) for source, flags in cuda_jobs()], directory)
+    jobs = [(source, [nvcc(), *flags]) for source, flags in cuda_jobs()]
+    jobs += [(path, [*compiler().split(), *FLAGS]) for path in sorted(ROOT.glob("csrc/manylinux*.cpp"))]
+    objects = compile_objects(jobs, directory)
     link = [nvcc(), *ARCHITECTURES, "-shared", "-cudart=static", "-o", str(target), *map(str, objects)]
-    link += [f"-L{TORCH_LIBRARIES}", "-Xlinker=--no-as-needed,--exclude-libs,ALL", "-ltorch", "-ltorch_cpu"]
+    link += [f"-L{TORCH_LIBRARIES}", f"-Xlinker=--no-as-needed,--version-script={EXPORTS}", "-ltorch", "-ltorch_cpu"]
     run(link)
     release = re.search(r"release [\d.]+", run([nvcc(), "--version"]))
     return f"built with nvcc {release[0] if release else ''} against torch {torch.__version__}"
@@ -195,11 +201,28 @@ class BuildNative(build_ext):
         return [str(path) for path in (Path(self.build_lib) / "medkd_fast").glob("_c*.so")]
 
 
+def too_new(library: Path) -> list[str]:
+    """What `library` asks of the system that manylinux_2_28 does not promise."""
+    asked = ASKED_FOR.findall(run(["objdump", "-p", str(library)]))
+    return [f"{name}_{version}" for name, version in asked if tuple(map(int, version.split("."))) > NEWEST[name]]
+
+
 class PythonAgnosticWheel(bdist_wheel):
-    """The libraries do not know Python's ABI: the wheel is py3-none-<platform>."""
+    """The libraries do not know Python's ABI: the wheel is py3-none-<platform>, the platform what they ask for."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        system = super().get_tag()[2]
+        package = Path(self.get_finalized_command("build_ext").build_lib) / "medkd_fast"
+        libraries = sorted(package.glob("_c*.so"))
+        if not libraries or not system.startswith("linux_"):
+            return "py3", "none", system
+        if not shutil.which("objdump"):
+            print(f"warning: medkd_fast: no objdump found, so the wheel is for {system} only", file=sys.stderr)
+            return "py3", "none", system
+        if found := [f"{library.name}: {name}" for library in libraries for name in too_new(library)]:
+            print(f"warning: medkd_fast: newer than {MANYLINUX} ({', '.join(found)})", file=sys.stderr)
+            return "py3", "none", system
+        return "py3", "none", system.replace("linux", MANYLINUX)
 
 
 if __name__ == "__main__":  # a test reads the flags

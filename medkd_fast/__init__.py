@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from medkd_fast.backend import set_backend, use_backend
+from medkd_fast.distiller import Distiller, Term
 from medkd_fast.functional import (
     ClassPearson,
     DecoupledKL,
@@ -24,6 +25,8 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 __all__ = [
     "ClassPearson",
     "DecoupledKL",
+    "Distiller",
+    "Term",
     "channel_gram",
     "channel_relation",
     "class_kl",

@@ -65,6 +65,21 @@ def value_and_gradient(
     return value.detach(), student.grad
 
 
+def in_new_processes(script: str, count: int = 2, **environment: str) -> None:
+    """A Python script in several processes at once, each with its RANK; the failure of one is the test's."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert not any(process.returncode for process in running), "\n".join(errors)
+
+
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from medkd_fast.losses.at import ATLoss
 from medkd_fast.losses.boundary import BoundaryKDLoss
+from medkd_fast.losses.calls import COMPARES
 from medkd_fast.losses.cirkd import CIRKDLoss
 from medkd_fast.losses.common import DistillationLoss
 from medkd_fast.losses.cpkd import CPKDLoss
@@ -49,12 +50,16 @@ LOSSES: dict[str, type[DistillationLoss]] = {
 
 
 class Entry(NamedTuple):
-    """A loss in `available()`: its name for `build`, its class, one line on what it compares, and its paper."""
+    """A loss in `available()`: its name for `build`, its class, a line on it, its paper, and what it is made for.
+
+    compares: "logits" or "features", what its first two arguments usually are.
+    """
 
     name: str
     loss: type[DistillationLoss]
     summary: str
     source: str
+    compares: str
 
 
 def available() -> list[Entry]:
@@ -67,7 +72,7 @@ def available() -> list[Entry]:
     kd   KDLoss   Distilling the Knowledge in a Neural Network
     """
     return [
-        Entry(name, loss, _first_line(loss.__doc__), _first_line(sys.modules[loss.__module__].__doc__))
+        Entry(name, loss, _first_line(loss.__doc__), _first_line(sys.modules[loss.__module__].__doc__), COMPARES[name])
         for name, loss in LOSSES.items()
     ]
 

@@ -29,6 +29,20 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in settings.items() if name not in ("training", "parts"))
 
 
+class AdaptedLoss(DistillationLoss):
+    """A loss that needs equal numbers of channels, or an adapter on the student."""
+
+    adapter: nn.Module | None
+
+    def adapt(self, student_channels: int, teacher_channels: int) -> None:
+        """Makes the adapter, as `student_channels` and `teacher_channels` of the constructor do, unless there is one."""
+        if self.adapter is None:
+            self.adapter = self._adapter(student_channels, teacher_channels)
+
+    def _adapter(self, student_channels: int | None, teacher_channels: int | None) -> nn.Module | None:
+        return make_adapter(student_channels, teacher_channels)
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """`x` in the type of the arithmetic: float32, or float64 as it came."""
     return x if x.dtype == torch.float64 else x.float()
@@ -164,7 +178,8 @@ def adapted(
         name = type(loss).__name__
         raise ValueError(
             f"student and teacher: got {student.shape[1]} and {teacher.shape[1]} channels; {part} needs equal numbers or an "
-            f"adapter: {name}(student_channels={student.shape[1]}, teacher_channels={teacher.shape[1]})"
+            f"adapter: {name}(student_channels={student.shape[1]}, teacher_channels={teacher.shape[1]}), which "
+            "Distiller(..., example=images) makes by itself"
         )
     return student
 

@@ -8,7 +8,7 @@ from medkd_fast import functional
 from medkd_fast.losses import common, pooling
 
 
-class CPKDLoss(common.DistillationLoss):
+class CPKDLoss(common.AdaptedLoss):
     """channel_weight · difference of channel relations + pixel_weight · difference of pixel relations.
 
     On logits or on features, the student learns how channels correlate with each other over the image and how pixels
@@ -67,7 +67,11 @@ class CPKDLoss(common.DistillationLoss):
         self.temperature = temperature
         self.pool = pool
         self.ignore_index = ignore_index
-        self.adapter = common.make_adapter(student_channels, teacher_channels)
+        self.adapter = self._adapter(student_channels, teacher_channels)
+
+    def adapt(self, student_channels: int, teacher_channels: int) -> None:
+        if self.channel_weight:  # the pixel part needs none, and would leave it without a gradient
+            super().adapt(student_channels, teacher_channels)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: maps [B, C, *S]. target: labels, of any size; relations need them for ignored pixels alone."""

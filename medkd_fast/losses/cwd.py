@@ -8,7 +8,7 @@ from medkd_fast import functional
 from medkd_fast.losses import common
 
 
-class CWDLoss(common.DistillationLoss):
+class CWDLoss(common.AdaptedLoss):
     """KL between the channels' softmaxes over the pixels, times T², mean over images and channels.
 
     Every channel of an image is a distribution over its pixels: softmax(x / T). T² / (N·C) · Σ KL(teacher ‖ student).
@@ -48,7 +48,7 @@ class CWDLoss(common.DistillationLoss):
         self.temperature = temperature
         self.ignore_index = ignore_index
         self.activation = activation
-        self.adapter = common.make_adapter(student_channels, teacher_channels)
+        self.adapter = self._adapter(student_channels, teacher_channels)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: logits or features [B, C, *S]; target: labels, of any size."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from medkd_fast.losses import common
 
 
-class FitNetLoss(common.DistillationLoss):
+class FitNetLoss(common.AdaptedLoss):
     """Mean squared difference between the teacher's features and the student's through a 1×1 convolution.
 
     Other codes: the paper halves the sum over a map's entries; CIRKD's copy takes the mean, as this does.
@@ -34,7 +35,10 @@ class FitNetLoss(common.DistillationLoss):
     ) -> None:
         super().__init__()
         self.ignore_index = ignore_index
-        self.adapter = common.make_adapter(student_channels, teacher_channels, even_if_equal=True)
+        self.adapter = self._adapter(student_channels, teacher_channels)
+
+    def _adapter(self, student_channels: int | None, teacher_channels: int | None) -> nn.Module | None:
+        return common.make_adapter(student_channels, teacher_channels, even_if_equal=True)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: features [B, C, *S]; target: labels, of any size."""

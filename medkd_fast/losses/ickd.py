@@ -9,7 +9,7 @@ from medkd_fast import functional
 from medkd_fast.losses import common
 
 
-class ICKDLoss(common.DistillationLoss):
+class ICKDLoss(common.AdaptedLoss):
     """Squared difference of the channels' products x xᵀ with unit rows, over C, mean over images.
 
     Every row of the C×C matrix of products of an image is divided by its L2 norm; Σ (difference)² / (C·N).
@@ -40,10 +40,11 @@ class ICKDLoss(common.DistillationLoss):
     ) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.adapter = self._adapter(student_channels, teacher_channels)
+
+    def _adapter(self, student_channels: int | None, teacher_channels: int | None) -> nn.Module | None:
         convolution = common.make_adapter(student_channels, teacher_channels, even_if_equal=True)
-        self.adapter = None
-        if convolution is not None:
-            self.adapter = nn.Sequential(convolution, nn.BatchNorm1d(convolution.out_channels))
+        return None if convolution is None else nn.Sequential(convolution, nn.BatchNorm1d(convolution.out_channels))
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: features [B, C, *S]; target: labels, of any size."""

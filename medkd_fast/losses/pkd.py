@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from medkd_fast.losses import common
 
 
-class PKDLoss(common.DistillationLoss):
+class PKDLoss(common.AdaptedLoss):
     """Half the mean squared difference of features that are standardised channel by channel.
 
     Every channel minus its mean, over its standard deviation + 1e-6, both over all pixels of the batch: 1 minus the Pearson
@@ -49,7 +49,7 @@ class PKDLoss(common.DistillationLoss):
         self.ignore_index = ignore_index
         self.sync = sync
         self.process_group = process_group
-        self.adapter = common.make_adapter(student_channels, teacher_channels)
+        self.adapter = self._adapter(student_channels, teacher_channels)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: features [B, C, *S]; target: labels, of any size."""

@@ -125,6 +125,28 @@ def evaluate(
 
 
 @app.command()
+def data(
+    dataset: Annotated[str, typer.Argument(help="A folder, a CSV file, or a built-in data set: demo, mni152.")],
+    layout: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="nnunet, decathlon, acdc, synapse, csv or dicom.", show_default="found out"),
+    ] = None,
+) -> None:
+    """Read a whole data set: its cases, spacings, classes and voxel counts, and everything that is wrong with it.
+
+    The exit code is 1 where it cannot be trained on.
+
+    Example: medkd-fast data demo
+    """
+    from medkd_fast.training.data.check import check, print_report
+    from medkd_fast.training.data.dataset import open_dataset
+
+    report = check(open_dataset(dataset, layout))
+    print_report(report)
+    raise typer.Exit(0 if report.trainable else 1)
+
+
+@app.command()
 def doctor() -> None:
     """Print versions, threads, instruction set, and which backend runs every operator and why.
 
@@ -133,6 +155,17 @@ def doctor() -> None:
     from medkd_fast.training.doctor import doctor_lines
 
     print("\n".join(doctor_lines()))
+
+
+@app.command()
+def nnunet_path() -> None:
+    """Print what to tell the shell so that nnU-Net finds nnUNetTrainerDistill.
+
+    Example: medkd-fast nnunet-path
+    """
+    from medkd_fast.integrations.nnunet_path import export_line
+
+    print(export_line())
 
 
 def parse_widths(text: str) -> tuple[int, ...]:

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from medkd_fast.training.data import Slices, Split, demo_slices, hold_out
+from medkd_fast.training.data import CLASSES, Slices, Split, demo_slices, hold_out
 from medkd_fast.training.distillation import DEFAULT_WEIGHTS
-from medkd_fast.training.evaluate import held_out_scores
-from medkd_fast.training.finish import finish_run, slice_macs
+from medkd_fast.training.finish import finish_run, held_out_notes, held_out_scores, overlay_rows, slice_macs
 from medkd_fast.training.networks import parameter_count
-from medkd_fast.training.pictures import curves_png, overlay_png
+from medkd_fast.training.pictures import curves_figure, overlay_figure, save_png
 from medkd_fast.training.runs import RunConfig, RunFolder, build_module, fit, versions
 from medkd_fast.training.sampling import train_loader
 from medkd_fast.training.tables import Entry, caveats, findings, print_scores, write_metrics
@@ -72,16 +71,17 @@ def run_demo(out: Path, *, length: Length = FULL, seed: int = 0) -> dict[str, En
     plan = stages(out, length, seed)
     for name, (folder, config) in plan.items():
         networks[name] = fit(config, folder, slices, split, resume=True)
-        summaries = held_out_scores(networks[name], slices, split)
-        finish_run(folder, networks[name], summaries, slices, split)
+        evaluation = held_out_scores(networks[name], slices, split)
+        finish_run(folder, networks[name], evaluation, slices, split)
         entries[name] = Entry(
-            summaries=summaries,
+            evaluation=evaluation,
             parameters=parameter_count(networks[name]),
             macs=slice_macs(networks[name], slices),
             costs=_costs(config, slices, split, rounds=length.timing_rounds),
             distilled=bool(config.losses),
         )
-    notes = findings(entries, BASELINE) + caveats(entries, split)
+    notes = findings(entries, BASELINE)
+    notes += caveats([e.evaluation for e in entries.values()], held_out_notes(split))
     notes.append(
         f"Steps of {plan[BASELINE][1].batch_size} slices, timed on the CPU with {torch.get_num_threads()} threads."
     )
@@ -93,8 +93,8 @@ def run_demo(out: Path, *, length: Length = FULL, seed: int = 0) -> dict[str, En
         "held_out": split.held_out,
     }
     write_metrics(out, entries, about)
-    overlay_png(out / "overlay.png", networks, slices, split)
-    curves_png(out / "curves.png", {name: folder for name, (folder, _) in plan.items()})
+    save_png(overlay_figure(overlay_rows(networks, slices, split), CLASSES), out / "overlay.png")
+    save_png(curves_figure({name: folder for name, (folder, _) in plan.items()}), out / "curves.png")
     print_scores(entries, notes)
     print(f"{time.perf_counter() - start:.0f} s; figures, pictures and runs are in {out}")
     return entries

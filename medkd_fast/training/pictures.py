@@ -1,21 +1,22 @@
-"""overlay.png (a held-out slice as label and networks see it) and curves.png (loss and held-out Dice over the steps)."""
+"""Figures: slices as label and networks see them, curves of training, scores class by class. As PNG or as SVG for a page."""
 
 from __future__ import annotations
 
 import csv
+import io
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import nn
 
-from medkd_fast.training.data import CLASSES, Slices, Split
-from medkd_fast.training.evaluate import predict
 from medkd_fast.training.files import write_atomically
 
-# Okabe and Ito's palette, told apart by colour-blind readers too, with grey and violet
+# Okabe and Ito's palette, told apart by colour-blind readers too, with grey and violet; then matplotlib's for many classes
 COLOURS = np.array(
     [
         [230, 159, 0],
@@ -26,40 +27,48 @@ COLOURS = np.array(
         [240, 228, 66],
         [204, 121, 167],
         [100, 60, 200],
+        *(np.array(matplotlib.colormaps["tab20"].colors) * 255),
     ]
 )
-LINES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3dc8", "#8c8c8c")
+INK = "#0d0d0d"  # of everything that is no data: a page replaces it by its own text colour
 
 
-def overlay_png(path: Path, networks: Mapping[str, nn.Module], slices: Slices, split: Split) -> None:
-    """The middle slice of every held-out block: the CT, its label and every network's prediction, one column each."""
-    rows = [block[len(block) // 2] for block in split.held_out]
-    titles = ["CT", "label", *networks]
+@dataclass(frozen=True)
+class Row:
+    """One slice of an overlay. image: [H, W], any range. masks: {column: [H, W] classes}. aspect: height of a pixel to its width."""
+
+    title: str
+    image: np.ndarray
+    masks: Mapping[str, np.ndarray]
+    aspect: float = 1.0
+
+
+def overlay_figure(rows: Sequence[Row], classes: Mapping[int, str]) -> Figure:
+    """Every row's image alone, then with each of its masks; the classes that show are named below."""
+    titles = ["image", *rows[0].masks]
     figure = Figure(figsize=(2.4 * len(titles), 2.4 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    _, between_rows, between_columns = slices.spacing
-    for row, index in zip(axes, rows, strict=True):
-        image = slices.images[index, 0].numpy()
-        masks = [np.zeros_like(image, dtype=int), slices.labels[index, 0].numpy()]
-        masks += [predict(network, slices, [index])[0].numpy() for network in networks.values()]
-        for axis, mask in zip(row, masks, strict=True):
-            axis.imshow(_blend(image, mask), aspect=between_rows / between_columns, interpolation="nearest")
+    for line, row in zip(axes, rows, strict=True):
+        grey = _grey(row.image)
+        for axis, mask in zip(line, [np.zeros_like(grey, dtype=int), *row.masks.values()], strict=True):
+            axis.imshow(_blend(grey, mask), aspect=row.aspect, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"slice {slices.first + index}")
+        line[0].set_ylabel(row.title)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
-    present = [c for c in CLASSES if (slices.labels == c).any()]
+    present = [c for c in classes if any((mask == c).any() for row in rows for mask in row.masks.values())]
     figure.legend(
-        handles=[Patch(color=COLOURS[c - 1] / 255, label=CLASSES[c]) for c in present],
+        handles=[Patch(color=_colour(c) / 255, label=classes[c]) for c in present],
         loc="outside lower center",
-        ncols=min(len(present), 2 * len(titles)),
+        ncols=min(max(len(present), 1), 2 * len(titles)),
         frameon=False,
     )
-    write_atomically(path, lambda p: figure.savefig(p, dpi=110))
+    return figure
 
 
-def curves_png(path: Path, runs: Mapping[str, Path]) -> None:
-    """Training loss (running mean) and mean Dice on the held-out blocks of every run folder."""
+def curves_figure(runs: Mapping[str, Path]) -> Figure:
+    """Training loss (running mean over 9 logged steps) and Dice on the validation cases of every run folder."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, folder), colour in zip(runs.items(), LINES * len(runs), strict=False):
@@ -70,11 +79,89 @@ def curves_png(path: Path, runs: Mapping[str, Path]) -> None:
             left.plot(steps, losses, color=colour, label=name)
         right.plot(*read_curve(folder, "val_dice"), color=colour, label=name, marker=".")
     left.set(xlabel="step", ylabel="Dice + cross-entropy (training)", yscale="log")
-    right.set(xlabel="step", ylabel="mean Dice (held-out blocks)", ylim=(0, 1))
+    right.set(xlabel="step", ylabel="mean Dice (validation)", ylim=(0, 1))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     right.legend(frameon=False)
+    return figure
+
+
+def bars_figure(networks: Mapping[str, Mapping[str, tuple[float, float]]], measures: Mapping[str, str]) -> Figure:
+    """One panel a measure, one bar a network: its mean, and a whisker of one standard deviation over the seeds.
+
+    networks: {network: {measure: (mean, standard deviation)}}, the first drawn on top. measures: {measure: what its axis says}.
+    """
+    figure = Figure(figsize=(3.6 * len(measures) + 1.2, 0.36 * len(networks) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    names = list(networks)
+    for axis, (measure, label) in zip(axes, measures.items(), strict=True):
+        for position, name in enumerate(names):
+            mean, deviation = networks[name].get(measure, (math.nan, math.nan))
+            if math.isnan(mean):
+                axis.text(0, position, " no value", va="center", fontsize=8)
+                continue
+            whisker = None if math.isnan(deviation) else deviation
+            axis.barh(position, mean, xerr=whisker, color=LINES[0], height=0.62, error_kw={"ecolor": INK, "capsize": 3})
+        axis.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3, axis="x")
+        axis.set_axisbelow(True)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def classes_figure(networks: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> Figure:
+    """One row a class, one mark a network: the mean over its seeds, small points for the seeds.
+
+    networks: {network: {class: one value a seed}}.
+    """
+    classes = list(next(iter(networks.values())))
+    lanes = len(networks)
+    figure = Figure(figsize=(8, 0.5 + len(classes) * (0.3 + 0.14 * lanes)), layout="constrained")
+    axis = figure.subplots()
+    markers = "os^Dv<>Pp*X"
+    for lane, (name, values) in enumerate(networks.items()):
+        shift = (lane - (lanes - 1) / 2) * 0.8 / lanes
+        colour = LINES[lane % len(LINES)]
+        for row, c in enumerate(classes):
+            known = [v for v in values.get(c, ()) if not math.isnan(v)]
+            axis.plot(known, [row + shift] * len(known), ".", color=colour, alpha=0.5, markersize=4)
+            mean = sum(known) / len(known) if known else math.nan
+            axis.plot(
+                mean, row + shift, markers[lane % len(markers)], color=colour, label=None if row else name, markersize=6
+            )
+        for row in range(len(classes) - 1):
+            axis.axhline(row + 0.5, color=INK, alpha=0.12, linewidth=0.8)
+    axis.set(xlabel=label, yticks=range(len(classes)), yticklabels=classes, ylim=(len(classes) - 0.5, -0.5))
+    axis.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """The figure as a picture file, whole or absent."""
     write_atomically(path, lambda p: figure.savefig(p, dpi=110))
+
+
+def png_bytes(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def svg_text(figure: Figure, *, name: str) -> str:
+    """The figure as an <svg> element to stand in a page: transparent, in the page's text colour and font.
+
+    name: tells this figure's ids from those of the page's other figures.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # without the XML declaration, which has no place inside a page
+    for ink in (INK, "#000000"):
+        text = text.replace(ink, "currentColor")
+    return text
 
 
 def read_curve(folder: Path, column: str) -> tuple[Sequence[int], Sequence[float]]:
@@ -90,8 +177,17 @@ def read_curve(folder: Path, column: str) -> tuple[Sequence[int], Sequence[float
     return steps, [values[s] for s in steps]
 
 
-def _blend(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A grey image [H, W] in [0, 1] with its classes in colour, [H, W, 3] uint8."""
-    grey = np.repeat(image[..., None] * 255, 3, axis=-1)
-    colour = COLOURS[np.maximum(mask, 1) - 1]
-    return np.where((mask > 0)[..., None], 0.4 * grey + 0.6 * colour, grey).astype(np.uint8)
+def _grey(image: np.ndarray) -> np.ndarray:
+    """[H, W] in 0..255, from its 0.5 to its 99.5 percentile."""
+    low, high = np.percentile(image, (0.5, 99.5))
+    return np.clip((image - low) / max(float(high - low), 1e-6), 0, 1) * 255
+
+
+def _blend(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A grey image [H, W] in 0..255 with its classes in colour, [H, W, 3] uint8."""
+    picture = np.repeat(grey[..., None], 3, axis=-1)
+    return np.where((mask > 0)[..., None], 0.4 * picture + 0.6 * _colour(np.maximum(mask, 1)), picture).astype(np.uint8)
+
+
+def _colour(c: int | np.ndarray) -> np.ndarray:
+    return COLOURS[(np.asarray(c) - 1) % len(COLOURS)]

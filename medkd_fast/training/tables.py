@@ -1,4 +1,4 @@
-"""The demo's figures: one table for the screen, the same in metrics.json and metrics.csv, and what they do not show."""
+"""Scores and costs of networks side by side: one table for the screen, the same in metrics.json and metrics.csv."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from medkd_fast import backend
-from medkd_fast.training.data import CLASSES, Split
-from medkd_fast.training.evaluate import scores_record, scores_rows
+from medkd_fast.training.evaluate import PROTOCOLS, Evaluation
 from medkd_fast.training.files import write_csv, write_json
-from medkd_fast.training.metrics import Summary, mean_scores
+from medkd_fast.training.metrics import Summary
 from medkd_fast.training.timing import FUSED, REFERENCE, StepCost
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One network of the report. macs: of one 128 x 128 slice. costs: by backend, empty where nothing was timed."""
+    """One network of a table. macs: of one slice or patch. costs: by backend, empty where nothing was timed."""
 
-    summaries: Mapping[int, Summary]
+    evaluation: Evaluation
     parameters: int
     macs: int
     costs: Mapping[str, StepCost]
@@ -36,26 +35,32 @@ def write_metrics(folder: Path, entries: Mapping[str, Entry], about: Mapping[str
     networks, rows = {}, []
     for name, entry in entries.items():
         cost = _cost_columns(entry)
-        networks[name] = scores_record(entry.summaries) | cost
-        rows += [row | cost for row in scores_rows(entry.summaries, network=name)]
+        networks[name] = entry.evaluation.record() | cost
+        rows += [row | cost for row in entry.evaluation.rows(network=name)]
     write_json(folder / "metrics.json", {**about, "networks": networks})
     write_csv(folder / "metrics.csv", [{k: "" if v is None else v for k, v in row.items()} for row in rows])
 
 
 def print_scores(entries: Mapping[str, Entry], notes: Sequence[str]) -> None:
     """The table on the screen, then the notes, one a line."""
-    table, console = scores_table(entries), Console()
+    unit = "voxels" if next(iter(entries.values())).evaluation.protocol == "transunet" else "mm"
+    print_table(f"Dice / HD95 {unit} / ASSD {unit}", scores_table(entries), notes)
+
+
+def print_table(title: str, table: Table, notes: Sequence[str] = ()) -> None:
+    """A title, a table as wide as it needs to be, and notes, one a line."""
+    console = Console()
     # a table squeezed into a narrow window or the 80 columns of a pipe is worse than long lines
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     console = Console(width=max(console.width, needed))
-    console.print("Held-out blocks of slices: Dice / HD95 mm / ASSD mm")
+    console.print(title, highlight=False)
     console.print(table)
     for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 def scores_table(entries: Mapping[str, Entry]) -> Table:
-    """Dice, HD95 and ASSD of every class and network, counts of missed and false volumes, size and cost."""
+    """Dice, HD95 and ASSD of every class and network, counts of valid, missed and false volumes, size and cost."""
     table = Table()
     table.add_column("")
     for name in entries:
@@ -64,15 +69,18 @@ def scores_table(entries: Mapping[str, Entry]) -> Table:
     def row(label: str, cells: list[str], **options: Any) -> None:
         table.add_row(label, *cells, **options)
 
-    summaries = [e.summaries for e in entries.values()]
-    for c, name in CLASSES.items():
-        row(name, [_scores_cell(s[c]) for s in summaries], end_section=c == len(CLASSES))
-    row("mean", ["{:.3f} / {:.1f} / {:.1f}".format(*mean_scores(s)) for s in summaries])
-    for count in ("missed", "false"):
-        row(f"{count} organs", [str(sum(getattr(v, f"n_{count}") for v in s.values())) for s in summaries])
+    evaluations = [e.evaluation for e in entries.values()]
+    summaries = [e.summaries for e in evaluations]
+    classes = evaluations[0].classes
+    for c, name in classes.items():
+        row(name, [_scores_cell(s[c]) for s in summaries], end_section=c == list(classes)[-1])
+    means = [e.mean for e in evaluations]
+    row("mean", [three_numbers(m) for m in means])
+    for count in ("valid", "missed", "false"):
+        row(f"{count} (n_{count})", [str(getattr(m, f"n_{count}")) for m in means])
     table.add_section()
     row("parameters", [f"{e.parameters:,}" for e in entries.values()])
-    row("MACs a slice", [f"{e.macs / 1e6:.0f} M" for e in entries.values()])
+    row("MACs an input", [f"{e.macs / 1e6:,.0f} M" for e in entries.values()])
     if any(e.costs for e in entries.values()):
         for key, label in ((FUSED, "fused"), (REFERENCE, "reference")):
             costs = [e.costs.get(key) for e in entries.values()]
@@ -84,11 +92,11 @@ def scores_table(entries: Mapping[str, Entry]) -> Table:
 
 def findings(entries: Mapping[str, Entry], baseline: str) -> list[str]:
     """One sentence for every distilled network: its mean Dice and HD95 against the baseline's, and whether that helped."""
-    base, sentences = mean_scores(entries[baseline].summaries), []
+    base, sentences = entries[baseline].evaluation.mean, []
     for name, entry in entries.items():
         if not entry.distilled:
             continue
-        scores = mean_scores(entry.summaries)
+        scores = entry.evaluation.mean
         dice, hd95 = scores.dice - base.dice, scores.hd95 - base.hd95
         verdict = {
             (True, True): "better on both here",
@@ -103,27 +111,32 @@ def findings(entries: Mapping[str, Entry], baseline: str) -> list[str]:
     return sentences
 
 
-def caveats(entries: Mapping[str, Entry], split: Split) -> list[str]:
-    """What a reader of the table has to know about the data and the means."""
-    held_out = sum(len(block) for block in split.held_out)
-    absent = [CLASSES[c] for c in CLASSES if all(_absent(e.summaries[c]) for e in entries.values())]
-    lines = [
-        f"One subject (LIDC-IDRI-0001): {len(split.train)} slices trained on, {held_out} held out in {len(split.held_out)} "
-        + "blocks with a gap beside each. Nothing here speaks for other subjects.",
-        "Last weights of each run; none was chosen by its held-out score. A missed organ is in the mean with Dice 0 and "
-        + "without distances; a false one is only counted.",
-    ]
+def caveats(evaluations: Sequence[Evaluation], notes: Sequence[str] = ()) -> list[str]:
+    """What a reader of the table has to know about the data and the means. notes: of the data set."""
+    first = evaluations[0]
+    cases = {len(e.cases) for e in evaluations}
+    counted = " or ".join(str(n) for n in sorted(cases))
+    rule = f"Means over {counted} cases, scored on the grid of their files: {PROTOCOLS[first.protocol]}."
+    lines = [*notes, rule]
     slow = [r.operator for r in backend.report() if r.device_type == "cpu" and not r.available]
     if slow:
         lines.append(f"Not fused on this machine: {', '.join(slow)}; `medkd-fast doctor` says why.")
-    return lines + ([f"No label, in no mean: {', '.join(absent)}."] if absent else [])
+    absent = [name for c, name in first.classes.items() if all(_absent(e.summaries[c]) for e in evaluations)]
+    if absent and first.protocol != "transunet":
+        lines.append(f"No label, in no mean: {', '.join(absent)}.")
+    return lines
+
+
+def three_numbers(scores: Summary) -> str:
+    """`0.812 / 12.1 / 3.2`, with a dash for what there is not."""
+    dice = "-" if math.isnan(scores.dice) else f"{scores.dice:.3f}"
+    return " / ".join([dice, *("-" if math.isnan(v) else f"{v:.1f}" for v in (scores.hd95, scores.assd))])
 
 
 def _scores_cell(summary: Summary) -> str:
     if _absent(summary):
         return "no label" + (f", {summary.n_false} false" if summary.n_false else "")
-    distances = " / ".join("-" if math.isnan(v) else f"{v:.1f}" for v in (summary.hd95, summary.assd))
-    return f"{summary.dice:.3f} / {distances}"
+    return three_numbers(summary)
 
 
 def _absent(summary: Summary) -> bool:

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.evaluate import held_out_scores, predict
-from medkd_fast.training.metrics import mean_scores
+from medkd_fast.training.finish import held_out_scores, predict
 from medkd_fast.training.networks import build_network
 from medkd_fast.training.pictures import read_curve
 from medkd_fast.training.runs import RunConfig, RunFolder, build_module, fit, load_network
@@ -57,15 +56,16 @@ def assert_same_training(a: Path, b: Path) -> None:
 
 def test_a_run_learns_and_its_folder_tells_about_it(tmp_path, config, slices, split):
     config = replace(config, epochs=5, steps=30, learning_rate=0.02)
-    untrained = mean_scores(held_out_scores(build_network(config.widths, seed=config.seed), slices, split)).dice
+    untrained = held_out_scores(build_network(config.widths, seed=config.seed), slices, split).mean.dice
     network = fit(config, tmp_path / "run", slices, split)
     scores = held_out_scores(network, slices, split)
-    assert untrained < 0.2 and mean_scores(scores).dice > 0.9
-    assert scores[5].n_valid == 2 and scores[2] == pytest.approx((float("nan"),) * 3 + (0, 0, 0), nan_ok=True)
+    assert untrained < 0.2 and scores.mean.dice > 0.9
+    found = scores.summaries
+    assert found[5].n_valid == 2 and found[2] == pytest.approx((float("nan"),) * 3 + (0, 0, 0), nan_ok=True)
     steps, losses = read_curve(tmp_path / "run", "task")
     assert losses[-1] < 0.6 * losses[0] and steps[-1] == 149
     # Lightning's validation counts as the report does
-    assert read_curve(tmp_path / "run", "val_dice")[1][-1] == pytest.approx(mean_scores(scores).dice, abs=1e-6)
+    assert read_curve(tmp_path / "run", "val_dice")[1][-1] == pytest.approx(scores.mean.dice, abs=1e-6)
 
     folder = tmp_path / "run"
     assert json.loads((folder / "config.json").read_text())["widths"] == list(config.widths)

@@ -1,0 +1,39 @@
+// What a new compiler and C library would ask of the system under a newer name than manylinux_2_28 has: glibc 2.28 and the
+// libstdc++ of GCC 8. Linked into both libraries, where these definitions come before the system's, so that one wheel
+// loads on every Linux since 2018 wherever it was made. tests/test_wheel.py reads from the libraries that this holds.
+#include <sstream>
+
+#if defined(__GLIBC__)
+
+// exp and log have had a second version since glibc 2.29. It differs in errno alone; the first one is in every glibc.
+#if defined(__x86_64__)
+__asm__(".symver first_exp, exp@GLIBC_2.2.5");
+__asm__(".symver first_log, log@GLIBC_2.2.5");
+#elif defined(__aarch64__)
+__asm__(".symver first_exp, exp@GLIBC_2.17");
+__asm__(".symver first_log, log@GLIBC_2.17");
+#endif
+#if defined(__x86_64__) || defined(__aarch64__)
+extern "C" {
+double first_exp(double x);
+double first_log(double x);
+double any_exp(double x) __asm__("exp");
+double any_log(double x) __asm__("log");
+double any_exp(double x) { return first_exp(x); }
+double any_log(double x) { return first_log(x); }
+}
+#endif
+
+// GCC 11 and later asks glibc 2.32 whether there is but one thread, which then counts references without atomics: say no.
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+
+#endif
+
+#if defined(__GLIBCXX__)
+
+// The default constructors of string streams are in libstdc++ since GCC 9 only; torch's headers call them.
+template std::basic_stringstream<char>::basic_stringstream();
+template std::basic_ostringstream<char>::basic_ostringstream();
+
+#endif

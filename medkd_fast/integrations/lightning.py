@@ -1,0 +1,183 @@
+"""PyTorch Lightning: distillation as a callback, for any LightningModule as it is.
+
+    trainer = Trainer(callbacks=[DistillationCallback(teacher, [Term("dkd", weight=0.1)])])
+    trainer.fit(module, loader)
+
+The callback adds its loss to what `training_step` returns. Adapters train with the module's first optimiser; they are saved in
+the callback's part of a checkpoint, so that the module's part loads anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from medkd_fast.distiller import Distiller, Term
+
+if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
+    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning.callbacks import Callback
+else:  # the same library under its other name; a trainer takes callbacks of its own alone
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+
+#: Under this name the distiller is a submodule while it trains, so that it is moved, wrapped and optimised.
+SUBMODULE = "distiller"
+#: Keys of a batch that hold its labels.
+LABEL_KEYS = ("label", "labels", "target", "mask")
+
+
+class DistillationCallback(Callback):
+    """Distils into a LightningModule's network whatever its `training_step` returns: a loss, or a dictionary with "loss".
+
+    Args:
+        teacher: a network that takes what the student takes, or several.
+        terms: as for `medkd_fast.Distiller`; layers are named from the student network on.
+        student: name of the network in the module; without it, the one child that has parameters. "" is the module itself, where
+            `training_step` calls it.
+        target: takes the batch and gives labels, integers [B, *S] or [B, 1, *S]; without it, the second of a tuple or list, or
+            the "label", "labels", "target" or "mask" of a dictionary.
+        example: images for the dry run that adapters need (see `Distiller`); without it, the module's `example_input_array`.
+
+    Every term is logged as "kd/<name>".
+
+    Raises, when the fit begins:
+        ValueError: the student cannot be told, or a layer does not exist, or the module optimises by hand.
+
+    >>> callback = DistillationCallback(nn.Conv2d(1, 3, 1), [Term("dkd", weight=0.1)], student="network")
+    >>> callback.state_dict()
+    {}
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | Sequence[nn.Module],
+        terms: Sequence[Term],
+        *,
+        student: str | None = None,
+        target: Callable[[Any], torch.Tensor | None] | None = None,
+        example: torch.Tensor | None = None,
+    ) -> None:
+        self.teacher = teacher
+        self.terms = terms
+        self.student = student
+        self.target = labels_of if target is None else target
+        self.example = example
+        self.distiller: Distiller | None = None
+        self._handles: list[RemovableHandle] = []
+        self._state: dict[str, torch.Tensor] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "the module optimises by hand, where a callback adds no loss; use medkd_fast.Distiller in it"
+            )
+        example = pl_module.example_input_array if self.example is None else self.example
+        self.distiller = Distiller(
+            self.teacher,
+            _student(pl_module, self.student),
+            self.terms,
+            example=example if isinstance(example, torch.Tensor) else None,
+        )
+        pl_module.add_module(SUBMODULE, self.distiller)
+        self._handles = [
+            pl_module.register_state_dict_post_hook(_leave_out),
+            pl_module.register_load_state_dict_post_hook(_not_missing),
+        ]
+        pl_module.training_step = self._with_distillation(pl_module)  # type: ignore[method-assign]
+        if self._state:
+            self.load_state_dict(self._state)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What `configure_optimizers` did not take, because it named its parameters, goes to the first optimiser."""
+        assert self.distiller is not None
+        taken = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        left = [p for p in self.distiller.losses.parameters() if id(p) not in taken]
+        trainer.optimizers[0].param_groups[0]["params"] += left
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or self.distiller is None:
+            return
+        self._state = self.state_dict()
+        self.distiller.close()
+        self.distiller = None
+        delattr(pl_module, SUBMODULE)
+        del pl_module.__dict__["training_step"]
+        for handle in self._handles:
+            handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adapters, projectors and the step of the warm-up."""
+        if self.distiller is None:
+            return dict(self._state)
+        return {name: x for name, x in self.distiller.state_dict().items() if not name.startswith("student.")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = dict(state_dict)
+        if self.distiller is not None:
+            self.distiller.load_state_dict(self._state, strict=False)  # the student's come with the module
+
+    def _with_distillation(self, pl_module: LightningModule) -> Callable[..., Any]:
+        training_step = pl_module.training_step
+
+        @functools.wraps(training_step)
+        def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            output = training_step(batch, *args, **kwargs)
+            if output is None:  # the module skips this batch
+                return None
+            assert self.distiller is not None
+            loss = self.distiller.loss(self.target(batch))
+            pl_module.log_dict({f"kd/{name}": value for name, value in self.distiller.log().items()})
+            if isinstance(output, Mapping):
+                return {**output, "loss": output["loss"] + loss}
+            return output + loss
+
+        return step
+
+
+def labels_of(batch: Any) -> torch.Tensor:
+    """The labels of a batch: the second of a tuple or list, or by one of `LABEL_KEYS`.
+
+    >>> labels_of({"image": torch.zeros(1), "label": torch.ones(1)})
+    tensor([1.])
+    """
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    if not isinstance(found, torch.Tensor):
+        keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise TypeError(
+            f"the labels of a batch: got {type(batch).__name__}{keys}; pass target=, a function that takes the batch and gives "
+            "labels [B, *S], or None where no term needs them"
+        )
+    return found
+
+
+def _student(pl_module: LightningModule, name: str | None) -> nn.Module:
+    if name is not None:
+        return pl_module.get_submodule(name)
+    children = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
+    if len(children) != 1:
+        raise ValueError(
+            f"student: the module has {len(children)} children with parameters ({', '.join(children) or 'none'}); "
+            'name the network to distil into: student="network"'
+        )
+    return pl_module.get_submodule(children[0])
+
+
+def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}{SUBMODULE}.")]:
+        del state_dict[name]
+
+
+def _not_missing(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if f"{SUBMODULE}." not in name]

@@ -1,0 +1,122 @@
+"""Where voxels lie: grids in millimetres, resampling between them, and back. SimpleITK's order is x, y, z; arrays are z, y, x."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+
+SAME = 0.1  # voxels: how far apart the corners of two grids may lie that count as one
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A grid in SimpleITK's order: size in voxels, spacing and origin in mm, direction row by row, x first."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image: sitk.Image) -> Geometry:
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+    def corners(self) -> np.ndarray:
+        """Physical positions of the corner voxels' centres, [2^n, n] in mm."""
+        n = len(self.size)
+        indices = np.array(np.meshgrid(*[(0, s - 1) for s in self.size], indexing="ij")).reshape(n, -1)
+        direction = np.array(self.direction).reshape(n, n)
+        return (np.array(self.origin)[:, None] + direction @ (indices * np.array(self.spacing)[:, None])).T
+
+    def lps(self, values: tuple) -> tuple:
+        """The values of the image's axes, such as its size, in the order z, y, x that they have once it is oriented to LPS."""
+        axes = np.abs(np.array(self.direction).reshape(3, 3)).argmax(axis=1)  # image axis along x, y and z
+        return tuple(values[a] for a in reversed(axes))
+
+    def stamp(self, image: sitk.Image) -> sitk.Image:
+        """The image itself, now lying on this grid."""
+        image.SetSpacing(self.spacing)
+        image.SetOrigin(self.origin)
+        image.SetDirection(self.direction)
+        return image
+
+    def __str__(self) -> str:
+        numbers = [" x ".join(f"{v:.5g}" for v in values) for values in (self.size, self.spacing)]
+        return f"{numbers[0]} voxels of {numbers[1]} mm, origin {tuple(round(o, 3) for o in self.origin)}"
+
+
+def same_grid(a: Geometry, b: Geometry) -> bool:
+    """Whether two grids have one size and their corners lie within a tenth of a voxel of each other."""
+    if a.size != b.size:
+        return False
+    return float(np.abs(a.corners() - b.corners()).max()) <= SAME * min(*a.spacing, *b.spacing)
+
+
+def resample(
+    image: sitk.Image,
+    *,
+    spacing: Sequence[float | None] = (None, None, None),
+    size: Sequence[int] | None = None,
+    labels: bool = False,
+) -> sitk.Image:
+    """Resample to another spacing (z, y, x) over the same extent, the middles of both grids in one place.
+
+    size: (rows, columns) in place of the y and x of `spacing`. An axis that keeps its spacing keeps its voxels. Where a
+    spacing does not divide the extent, the new grid is the smallest that covers it.
+    Images are smoothed to a coarser resolution and interpolated linearly; labels take the nearest neighbour.
+
+    >>> small = resample(sitk.Image(8, 8, 3, sitk.sitkFloat32), size=(4, 4))
+    >>> small.GetSize(), small.GetSpacing(), small.GetOrigin()
+    ((4, 4, 3), (2.0, 2.0, 1.0), (0.5, 0.5, 0.0))
+    """
+    old_size, old_spacing = image.GetSize(), image.GetSpacing()
+    new_spacing = [s or o for s, o in zip(reversed(spacing), old_spacing, strict=True)]
+    if size is not None:
+        for axis, count in enumerate(reversed(size)):
+            new_spacing[axis] = old_size[axis] * old_spacing[axis] / count
+    # a twentieth of a voxel more than whole voxels is rounding
+    new_size = [max(1, math.ceil(n * o / s - 0.05)) for n, o, s in zip(old_size, old_spacing, new_spacing, strict=True)]
+    if new_size == list(old_size) and np.allclose(new_spacing, old_spacing, rtol=1e-3):
+        return image
+    if not labels:
+        for axis, (new, old) in enumerate(zip(new_spacing, old_spacing, strict=True)):
+            # half of a voxel's width of blur, less what the old voxels have of it; the recursive filter needs four voxels
+            sigma = math.sqrt(max(new**2 - old**2, 0.0)) / 2
+            if sigma > 0.2 * old and old_size[axis] >= 4:
+                image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
+    # the origin is the centre of the first voxel: put the middles of the grids, not the first voxels, in one place
+    first = [
+        (n - 1) / 2 - (m - 1) / 2 * s / o
+        for n, m, s, o in zip(old_size, new_size, new_spacing, old_spacing, strict=True)
+    ]
+    return sitk.Resample(
+        image,
+        new_size,
+        sitk.Transform(3, sitk.sitkIdentity),
+        sitk.sitkNearestNeighbor if labels else sitk.sitkLinear,
+        image.TransformContinuousIndexToPhysicalPoint(first),
+        new_spacing,
+        image.GetDirection(),
+        0.0,
+        image.GetPixelID(),
+    )
+
+
+def resample_onto(image: sitk.Image, grid: Geometry, *, labels: bool) -> sitk.Image:
+    """The image on another grid; 0 outside of its own."""
+    interpolator = sitk.sitkNearestNeighbor if labels else sitk.sitkLinear
+    return sitk.Resample(
+        image,
+        grid.size,
+        sitk.Transform(3, sitk.sitkIdentity),
+        interpolator,
+        grid.origin,
+        grid.spacing,
+        grid.direction,
+        0.0,
+        image.GetPixelID(),
+    )

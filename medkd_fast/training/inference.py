@@ -1,0 +1,61 @@
+"""Logits of a whole volume from a network that was trained on slices or patches: MONAI's sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from medkd_fast.layers import finest
+
+Network = Callable[[Tensor], Tensor]
+
+
+@torch.inference_mode()
+def predict_logits(
+    network: nn.Module | Network,
+    image: Tensor,
+    *,
+    dims: int,
+    patch: Sequence[int],
+    overlap: float = 0.5,
+    batch_size: int = 4,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Logits [K + 1, D, H, W] float32, on the CPU, of a prepared image [C, D, H, W].
+
+    dims: 2 takes the image slice by slice, with windows `patch` = (H, W); 3 takes windows (D, H, W). A smaller image is padded.
+    overlap: share of a window that its neighbour covers too; windows weigh in with a Gaussian, so that their borders count
+    less. batch_size: windows a forward. device: where the network runs and is.
+
+    The network answers with logits, or with several outputs of which the finest is taken (deep supervision).
+
+    >>> predict_logits(lambda x: torch.cat([x, 1 - x], 1), torch.ones(1, 2, 5, 7), dims=2, patch=(4, 4)).shape
+    torch.Size([2, 2, 5, 7])
+    """
+    if dims not in (2, 3) or len(patch) != dims or image.ndim != 4:
+        raise ValueError(
+            f"dims must be 2 or 3, patch that many sizes and image [C, D, H, W], got {dims}, {tuple(patch)} and "
+            f"{tuple(image.shape)}"
+        )
+    if isinstance(network, nn.Module):
+        network.eval()
+    window = SlidingWindowInferer(
+        roi_size=tuple(patch),
+        sw_batch_size=batch_size,
+        overlap=overlap,
+        mode="gaussian",
+        sw_device=device,
+        device="cpu",
+    )
+
+    def logits(windows: Tensor) -> Tensor:
+        return finest(network(windows), windows.dim()).float()
+
+    if dims == 3:
+        return window(image[None], logits)[0]
+    # a few slices at a time: all of them at once would hold every window of the volume
+    slices = image.transpose(0, 1).split(batch_size)  # [batch_size, C, H, W] each
+    return torch.cat([window(s, logits) for s in slices]).transpose(0, 1)
