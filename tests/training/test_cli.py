@@ -58,7 +58,7 @@ def test_help_lists_the_commands(capsys):
         (["train", "DATA", "--dims", "4"], "dims must be 2 (slices) or 3 (patches), got 4"),
         (["train", "DATA", "--network", "UNut"], "no network 'UNut' in monai.networks.nets (near it: UNet"),
         (["train", "DATA", "--network-arg", "4,4"], "network argument '4,4': write key=value"),
-        (["train", "DATA", "--patch", "40,40"], "BasicUNet does not run on patches of (40, 40)"),
+        (["train", "DATA", "--patch", "8,8"], "BasicUNet does not run on patches of (8, 8)"),
         (["train", "nowhere"], "no data at nowhere: give a folder, a CSV file or a built-in data set"),
         (["train", "DATA", "--config", "none.yaml"], "the configuration none.yaml cannot be read: No such file"),
         (["distill", "DATA", "--loss", "kd"], "distill needs --teacher"),

@@ -130,6 +130,7 @@ class Draws(Dataset[tuple[Tensor, ...]]):
         self.outside = 0 if ignore_label is None else ignore_label
         self.augment = augment
         self.places = [class_places(v.mask[0].numpy(), num_classes) for v in track(self.volumes, "looking for classes")]
+        self.order: tuple[int, np.ndarray] | None = None  # of the units, in the turn that was drawn from last
         # in 2-D a draw of any place is a slice, in 3-D a volume
         self.units = [
             (v, z)
@@ -164,18 +165,20 @@ class Draws(Dataset[tuple[Tensor, ...]]):
                 return volume, np.unravel_index(int(of_class[random.integers(len(of_class))]), shape)
         # any place where the patch lies inside, or the middle where it does not fit
         centre = [
-            int(random.integers(p // 2, max(n - p + p // 2, p // 2) + 1))
+            int(random.integers(n - p + 1)) + p // 2 if n >= p else n // 2
             for n, p in zip(shape, self.patch, strict=True)
         ]
-        centre = [c if n >= p else n // 2 for c, n, p in zip(centre, shape, self.patch, strict=True)]
         return volume, [z if z is not None else centre[0], *centre[1:]]
 
     def _unit(self, epoch: int, position: int) -> tuple[int, int | None]:
         """Every unit once before any unit twice, through the epochs."""
         count = epoch * self.epoch_size + position
         turn, place = divmod(count, len(self.units))
-        order = np.random.default_rng([self.seed, turn, 2**31]).permutation(len(self.units))
-        return self.units[order[place]]
+        if self.order is None or self.order[0] != turn:
+            # another sequence than that of any position
+            random = np.random.default_rng([self.seed, turn, 0, 0])
+            self.order = turn, random.permutation(len(self.units))
+        return self.units[self.order[1][place]]
 
 
 def augmented(
@@ -216,9 +219,8 @@ def augmented(
 def _affine(rows: int, columns: int, random: np.random.Generator) -> Tensor:
     """[2, 3] for `affine_grid`: a turn by up to 0.2 radians, a zoom by up to 12 % an axis, a shift by up to 5 % of the side."""
     angle, zoom, shift = random.uniform(-0.2, 0.2), random.uniform(0.88, 1.12, 2), random.uniform(-0.1, 0.1, 2)
-    half = (
-        np.array([columns, rows]) / 2
-    )  # normalised coordinates run from -1 to 1 over every side; the turn is one of voxels
+    # normalised coordinates run from -1 to 1 over every side; the turn is one of voxels
+    half = np.array([columns, rows]) / 2
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return torch.from_numpy(np.hstack([turn * zoom * half / half[:, None], shift[:, None]]).astype(np.float32))
 
@@ -230,7 +232,7 @@ def class_places(mask: np.ndarray, num_classes: int) -> dict[int, np.ndarray]:
     {2: array([1, 2])}
     """
     flat = mask.reshape(-1)
-    labelled = np.flatnonzero((flat > 0) & (flat < num_classes))
+    labelled = np.flatnonzero(flat)
     values, places = flat[labelled], {}
     for c in range(1, num_classes):
         found = labelled[values == c]
