@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
+from medkd_fast.training import options as o
 from medkd_fast.training.errors import WrongUse
 
 app = typer.Typer(
     name="medkd-fast",
-    help="Distil segmentation networks with fused losses, on one real CT for now.",
+    help="Distil segmentation networks with fused losses, on your own data or a built-in CT.",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     add_completion=False,
@@ -22,27 +23,19 @@ app = typer.Typer(
 # click's UsageError, from click or from the copy of it that newer typers carry
 _UsageError = typer.BadParameter.__mro__[1]
 
-Out = Annotated[Path, typer.Option(help="Folder of the run.")]
-Seed = Annotated[int, typer.Option(help="Decides first weights, order of slices and augmentation.")]
-Epochs = Annotated[int, typer.Option(help="Epochs of 50 steps.")]
-# typer before 0.16 does not read `int | None` at run time on Python 3.10
-Patience = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(help="Stop after so many epochs without a better held-out Dice.", show_default="never"),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the killed run in --out.")]
-Widths = Annotated[str, typer.Option(help="Channels of the five levels and of the last decoder level.")]
-
-TEACHER = "16,16,32,64,128,16"
-STUDENT = "4,8,16,32,32,4"
-
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; wrong use is one line on standard error and code 2."""
+    """Run one command and return its exit code; wrong use is one line on standard error and code 2, Ctrl-C is 130."""
     try:
         return app(args=list(arguments), prog_name="medkd-fast", standalone_mode=False) or 0
     except WrongUse as error:
         print(f"medkd-fast: {error}", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        print(
+            "medkd-fast: stopped; the same command goes on where it was, train and distill with --resume",
+            file=sys.stderr,
+        )
+        return 130
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "medkd-fast"
         print(f"{command}: {error.format_message().rstrip('.')}: see `{command} --help`", file=sys.stderr)
@@ -53,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few epochs: under 2 minutes on 2 cores.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the demo's runs, figures and pictures.")] = Path("runs/demo"),
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Decides first weights, order of slices and augmentation.")] = 0,
 ) -> None:
     """Train a teacher, a thin student, and the student with CPKD and with DMD; one table of what that gave.
 
@@ -69,59 +62,98 @@ def demo(
 
 @app.command()
 def train(
-    out: Out = Path("runs/train"),
-    widths: Widths = TEACHER,
-    epochs: Epochs = 16,
-    patience: Patience = None,
-    seed: Seed = 0,
-    resume: Resume = False,
+    data: o.Data = None,
+    network: o.Network = None,
+    network_arg: o.NetworkArg = None,
+    out: o.Out = Path("runs/train"),
+    resume: o.Resume = False,
+    config: o.Config = None,
+    layout: o.Layout = None,
+    dims: o.Dims = None,
+    patch: o.Patch = None,
+    spacing: o.Spacing = None,
+    size: o.Size = None,
+    intensity: o.Intensity = None,
+    fractions: o.Fractions = None,
+    epochs: o.Epochs = None,
+    steps: o.Steps = None,
+    batch_size: o.BatchSize = None,
+    learning_rate: o.LearningRate = None,
+    patience: o.Patience = None,
+    seed: o.Seed = None,
+    precision: o.Precision = None,
+    workers: o.Workers = None,
+    devices: o.Devices = None,
+    num_nodes: o.NumNodes = None,
+    strategy: o.Strategy = None,
+    accelerator: o.Accelerator = None,
+    compile: o.Compile = None,
 ) -> None:
-    """Train a U-Net alone on the demo's CT, as a teacher or as a baseline.
+    """Train a network alone, as a teacher or as a baseline.
 
-    Example: medkd-fast train --out runs/teacher --epochs 16
+    Example: medkd-fast train demo --network BasicUNet --network-arg features=16,16,32,64,128,16 --dims 2 --out runs/teacher
     """
-    from medkd_fast.training.runs import RunConfig
-
-    _fit(RunConfig(parse_widths(widths), epochs, seed=seed, patience=patience), out, resume)
+    _fit(locals())
 
 
 @app.command()
 def distill(
-    teacher: Annotated[Path, typer.Option(help="Checkpoint of a trained network.")],
-    loss: Annotated[list[str], typer.Option(help="cpkd, dmd, kd or dkd, with a weight if you like; may be repeated.")],
-    out: Out = Path("runs/distill"),
-    widths: Widths = STUDENT,
-    epochs: Epochs = 16,
-    patience: Patience = None,
-    seed: Seed = 0,
-    resume: Resume = False,
+    data: o.Data = None,
+    teacher: o.Teacher = None,
+    student: o.Student = None,
+    student_arg: o.StudentArg = None,
+    loss: o.Loss = None,
+    cache_teacher: o.CacheTeacher = None,
+    out: o.Out = Path("runs/distill"),
+    resume: o.Resume = False,
+    config: o.Config = None,
+    layout: o.Layout = None,
+    dims: o.Dims = None,
+    patch: o.Patch = None,
+    spacing: o.Spacing = None,
+    size: o.Size = None,
+    intensity: o.Intensity = None,
+    fractions: o.Fractions = None,
+    epochs: o.Epochs = None,
+    steps: o.Steps = None,
+    batch_size: o.BatchSize = None,
+    learning_rate: o.LearningRate = None,
+    patience: o.Patience = None,
+    seed: o.Seed = None,
+    precision: o.Precision = None,
+    workers: o.Workers = None,
+    devices: o.Devices = None,
+    num_nodes: o.NumNodes = None,
+    strategy: o.Strategy = None,
+    accelerator: o.Accelerator = None,
+    compile: o.Compile = None,
 ) -> None:
-    """Train a thin U-Net on the demo's CT with the help of a trained teacher.
+    """Train a network, the student, with the help of a trained teacher.
 
-    Example: medkd-fast distill --teacher runs/teacher/checkpoints/last.ckpt --loss cpkd:0.5 --loss kd
+    How volumes are prepared and how patients are shared out is taken from the teacher. Losses that compare layers take
+    decoder layers where none is named.
+
+    Example: medkd-fast distill demo --teacher runs/teacher --student BasicUNet --student-arg features=4,8,16,32,32,4 --loss cpkd --loss dmd:feature_weight=0.5 --out runs/student
     """
-    from medkd_fast.training.distillation import parse_terms
-    from medkd_fast.training.runs import RunConfig
-
-    config = RunConfig(
-        parse_widths(widths), epochs, seed=seed, patience=patience, losses=parse_terms(loss), teacher=str(teacher)
-    )
-    _fit(config, out, resume)
+    if not (config or teacher):
+        raise WrongUse("distill needs --teacher, the run or checkpoint of a trained network")
+    if not (config or loss):
+        raise WrongUse("distill needs a --loss, such as --loss cpkd: `medkd-fast distill --help` names them")
+    _fit(locals())
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint counts) or a checkpoint.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a checkpoint.")],
+    data: Annotated[Optional[str], typer.Argument(help="Data set. [default: the run's]", show_default=False)] = None,  # noqa: UP045
 ) -> None:
-    """Score a trained network on the held-out blocks; a run's folder gets scores.json, scores.csv and pictures.
+    """Score a trained network on the test cases of its split; a run's folder gets scores and pictures.
 
-    Example: medkd-fast evaluate runs/teacher
+    Example: medkd-fast evaluate runs/teacher demo
     """
-    from medkd_fast.training.data import demo_slices, hold_out
     from medkd_fast.training.finish import evaluate_run
 
-    slices = demo_slices()
-    evaluate_run(run, slices, hold_out(len(slices)))
+    evaluate_run(run, data)
 
 
 @app.command()
@@ -168,27 +200,13 @@ def nnunet_path() -> None:
     print(export_line())
 
 
-def parse_widths(text: str) -> tuple[int, ...]:
-    """Raises WrongUse for anything but six integers >= 1.
+def _fit(options: dict[str, Any]) -> None:
+    from pytorch_lightning.utilities import rank_zero_only
 
-    >>> parse_widths("4,4,8,16,32,4")
-    (4, 4, 8, 16, 32, 4)
-    """
-    try:
-        widths = tuple(int(w) for w in text.split(","))
-    except ValueError:
-        widths = ()
-    if len(widths) != 6 or min(widths) < 1:
-        raise WrongUse(f"--widths must be six channel counts such as {STUDENT}, got {text!r}")
-    return widths
-
-
-def _fit(config, out: Path, resume: bool) -> None:
-    from medkd_fast.training.data import demo_slices, hold_out
-    from medkd_fast.training.finish import evaluate_run
+    from medkd_fast.training.config import RunConfig
     from medkd_fast.training.runs import fit
 
-    slices = demo_slices()
-    split = hold_out(len(slices))
-    fit(config, out, slices, split, resume=resume)
-    evaluate_run(out, slices, split)
+    config, out = RunConfig.from_dict(o.settings_of(options)), options["out"]
+    fit(config, out, resume=options["resume"])
+    if rank_zero_only.rank == 0:
+        print(f"the run is in {out}; `medkd-fast evaluate {out} {config.data}` scores it on the test cases")
