@@ -23,6 +23,9 @@ app = typer.Typer(
 # click's UsageError, from click or from the copy of it that newer typers carry
 _UsageError = typer.BadParameter.__mro__[1]
 
+_Text = Optional[str]  # noqa: UP045
+Run = Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint counts) or a checkpoint.")]
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; wrong use is one line on standard error and code 2, Ctrl-C is 130."""
@@ -144,16 +147,140 @@ def distill(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run or a checkpoint.")],
-    data: Annotated[Optional[str], typer.Argument(help="Data set. [default: the run's]", show_default=False)] = None,  # noqa: UP045
+    run: Run,
+    data: Annotated[_Text, typer.Argument(help="Data set. [default: the run's]", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="Which cases: test, validation, train or all.")] = "test",
+    protocol: Annotated[
+        str, typer.Option(help="mm, or transunet: that script's numbers, in voxels and with its rule for empty masks.")
+    ] = "mm",
+    layout: o.Layout = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the scores.", show_default="the run's")] = None,  # noqa: UP045
 ) -> None:
-    """Score a trained network on the test cases of its split; a run's folder gets scores and pictures.
+    """Score a trained network, volume by volume, on the grid of their files: Dice, HD95 and ASSD of every class.
 
-    Example: medkd-fast evaluate runs/teacher demo
+    Writes scores.json, scores.csv, scores-cases.csv and pictures.
+
+    Example: medkd-fast evaluate runs/student demo --split test
     """
     from medkd_fast.training.finish import evaluate_run
 
-    evaluate_run(run, data)
+    evaluate_run(run, data, layout=layout, side=split, protocol=protocol, out=out)
+
+
+@app.command()
+def predict(
+    run: Run,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Image, folder of images, or DICOM series.")],
+    out: Annotated[Path, typer.Argument(help="Folder, or for one image a .nii.gz file.")],
+) -> None:
+    """Segment images without labels: NIfTI in the geometry of the input, values are classes.
+
+    What is there already stays. A file that fails is reported, the others go on, and the exit code is 1. Several channels:
+    CASE_0000.nii.gz, CASE_0001.nii.gz, ...
+
+    Example: medkd-fast predict runs/student images/ predictions/
+    """
+    from medkd_fast.training.predict import predict_run
+
+    outcomes = predict_run(run, source, out)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    skipped = sum(outcome.skipped for outcome in outcomes)
+    print(f"{len(outcomes) - len(failed) - skipped} predicted, {skipped} there already, {len(failed)} failed; in {out}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    data: o.Data = None,
+    teacher: o.Teacher = None,
+    student: o.Student = None,
+    student_arg: o.StudentArg = None,
+    methods: Annotated[
+        str, typer.Option(help="Losses, as --loss of distill takes them, with commas between.")
+    ] = "kd,cwd,dist,dkd,skd,cirkd,cpkd,dmd",
+    seeds: Annotated[int, typer.Option(help="Runs of every method, with --seed, --seed + 1, ...")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/compare"),
+    retime: Annotated[bool, typer.Option("--retime", help="Measure what a step costs again.")] = False,
+    config: o.Config = None,
+    layout: o.Layout = None,
+    dims: o.Dims = None,
+    patch: o.Patch = None,
+    spacing: o.Spacing = None,
+    size: o.Size = None,
+    intensity: o.Intensity = None,
+    epochs: o.Epochs = None,
+    steps: o.Steps = None,
+    batch_size: o.BatchSize = None,
+    learning_rate: o.LearningRate = None,
+    seed: o.Seed = None,
+    precision: o.Precision = None,
+    accelerator: o.Accelerator = None,
+) -> None:
+    """Train the student alone and with every method, on the same cases and seeds; one table of scores, spread and cost.
+
+    The same command again runs what is missing, and what failed. Exit code 1 where a run failed.
+
+    Example: medkd-fast compare demo --teacher runs/teacher --student BasicUNet --student-arg features=4,8,16,32,32,4 --methods kd,cpkd,dmd --seeds 3 --out runs/compare
+    """
+    given = {k: v for k, v in locals().items() if k not in ("methods", "seeds", "retime")}
+    from medkd_fast.training.compare import compare as run_comparison
+    from medkd_fast.training.compare import failures, parse_methods
+    from medkd_fast.training.config import RunConfig
+
+    settings = o.settings_of(given)
+    teacher = settings.pop("teacher", None)
+    if not teacher:
+        raise WrongUse("compare needs --teacher, the run or checkpoint of a trained network")
+    record = run_comparison(
+        RunConfig.from_dict(settings), Path(teacher), parse_methods(methods), out, seeds=seeds, retime=retime
+    )
+    print(f"figures, pictures and runs are in {out}; `medkd-fast report {out} --out report.html` makes a page of them")
+    if failures(record):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Run,
+    format: Annotated[str, typer.Option(help="onnx or torch-export.")] = "onnx",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="File, .onnx or .pt2.", show_default="RUN/student.onnx or .pt2"),
+    ] = None,
+    data: Annotated[_Text, typer.Option(help="Data set of the check.", show_default="the run's")] = None,
+) -> None:
+    """Write the trained network alone to a file, and check on a real volume that the file computes the same.
+
+    ONNX files are checked with onnxruntime. Any batch; any size that is a multiple of what the command prints.
+
+    Example: medkd-fast export runs/student --format onnx
+    """
+    from medkd_fast.training.export import export_run
+
+    done = export_run(run, format=format, out=out, data=data)
+    size = " x ".join(map(str, done.patch if done.multiples is None else done.multiples))
+    print(f"{done.file}: any batch; sizes " + ("of " if done.multiples is None else "that are multiples of ") + size)
+    for windows, found in zip(("windows of the patch", "other windows"), done.differences, strict=False):
+        print(
+            f"on {done.case}, {windows}: logits at most {found.logits:.2g} apart (the largest is {found.scale:.3g}), "
+            f"another class in {found.voxels:.2%} of the voxels"
+        )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs and of comparisons.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page about runs and comparisons: tables, curves, overlays. It needs no network.
+
+    Example: medkd-fast report runs/teacher runs/student --out report.html
+    """
+    from medkd_fast.training.report import write_report
+
+    write_report(runs, out)
+    print(f"{out}: open it in a browser")
 
 
 @app.command()

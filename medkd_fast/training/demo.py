@@ -81,7 +81,7 @@ def run_demo(out: Path, *, length: Length = FULL, seed: int = 0) -> dict[str, En
         volumes = prepare(dataset, trained.preprocessing, trained.split.test)
         seen[name] = {}
         evaluation = evaluate(trained.network, dataset, volumes, patch=trained.patch, seen=seen[name])
-        finish_run(folder, trained, evaluation, {name: seen[name]}, volumes)
+        finish_run(folder, trained, evaluation, {name: seen[name]}, volumes, dataset)
         costs = _costs(config, rounds=length.timing_rounds)
         entries[name] = replace(entry_of(trained, evaluation), costs=costs, distilled=bool(config.losses))
     notes = findings(entries, BASELINE) + caveats([e.evaluation for e in entries.values()], notes_of(dataset))
