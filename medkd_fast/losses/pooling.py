@@ -52,7 +52,8 @@ def _window(x: torch.Tensor, factor: int) -> tuple[int, ...]:
 def _maxima(x: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
     if any(size % step for size, step in zip(x.shape[2:], window, strict=True)):
         return MAX_POOL[x.dim() - 2](x, window, ceil_mode=True)
-    return Maxima.apply(x, window)
+    largest: torch.Tensor = Maxima.apply(x, window)
+    return largest
 
 
 class Maxima(torch.autograd.Function):
