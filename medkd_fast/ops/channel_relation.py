@@ -124,7 +124,7 @@ def _fake(
     reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     images, channels = student.shape[:2]
-    rows = channels + (relation in ("pearson", "softmax"))
+    rows = channels + int(relation in ("pearson", "softmax"))  # a symbolic size takes no bool, before torch 2.13
     dtype = arithmetic(student, teacher)
     loss = student.new_empty((images,) if reduction == "none" else (), dtype=dtype)
     return loss, student.new_empty((images, rows, rows), dtype=dtype)

@@ -47,7 +47,8 @@ def open(root: Path) -> Dataset:
                 raise WrongUse(
                     f"line {line} of {root}: split must be train, validation or test, got {cells['split']!r}"
                 )
-            sides.setdefault(SIDES[cells["split"].lower()], []).append(name)
+            if label:
+                sides.setdefault(SIDES[cells["split"].lower()], []).append(name)
     if not cases:
         raise WrongUse(f"{root} lists no case")
     classes, label_values, ignore_label = classes_beside(root.parent, cases)
@@ -60,7 +61,7 @@ def open(root: Path) -> Dataset:
         channels=_channels(columns, cases[0]),
         ignore_label=ignore_label,
         label_values=label_values,
-        split=Split(**{side: tuple(names) for side, names in sides.items()}) if "train" in sides else None,
+        split=Split(**{"train": (), **{side: tuple(names) for side, names in sides.items()}}) if sides else None,
     )
 
 

@@ -1,0 +1,49 @@
+"""What `make docs` checks of the built pages: that nothing is fetched from elsewhere when they are viewed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from sources import ROOT
+
+
+@pytest.fixture
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_site", ROOT / "docs" / "check_site.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        '<script src="https://elsewhere.example/x.js"></script>',
+        '<link rel="stylesheet" href="//elsewhere.example/x.css">',
+        '<img src="http://elsewhere.example/x.png">',
+        "<style>@import 'https://elsewhere.example/x.css';</style>",
+        '<p style="background: url(https://elsewhere.example/x.png)">',
+        '<pre class="mermaid">graph</pre>',
+    ],
+)
+def test_what_a_page_fetches_is_found(check: ModuleType, page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page)
+    (found,) = check.fetches(tmp_path)
+    assert "page.html" in found and ("elsewhere.example" in found or "mermaid" in found)
+
+
+def test_a_style_sheet_is_read_too(check: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "fonts.css").write_text("@font-face { src: url(https://elsewhere.example/font.woff2) }")
+    assert len(check.fetches(tmp_path)) == 1
+
+
+def test_links_and_what_lies_beside_are_no_fetch(check: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        '<a href="https://elsewhere.example">there</a> <img src="x.png"> <script src="../x.js"></script>'
+        '<link rel="canonical" href="https://elsewhere.example/page.html">'
+    )
+    assert check.fetches(tmp_path) == []
