@@ -52,8 +52,7 @@ def _window(x: torch.Tensor, factor: int) -> tuple[int, ...]:
 def _maxima(x: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
     if any(step != 2 or size % 2 for size, step in zip(x.shape[2:], window, strict=True)):
         return MAX_POOL[x.dim() - 2](x, window, ceil_mode=True)
-    largest: torch.Tensor = MaximaOfPairs.apply(x)
-    return largest
+    return MaximaOfPairs.apply(x)
 
 
 class MaximaOfPairs(torch.autograd.Function):
