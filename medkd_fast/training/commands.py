@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 # click's UsageError, from click or from the copy of it that newer typers carry
 _UsageError = typer.BadParameter.__mro__[1]
+STOPPED = 130  # what a shell says after Ctrl-C
 
 _Text = Optional[str]  # noqa: UP045
 Run = Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint counts) or a checkpoint.")]
@@ -29,20 +30,22 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; wrong use is one line on standard error and code 2, Ctrl-C is 130."""
+    code = 2
     try:
-        return app(args=list(arguments), prog_name="medkd-fast", standalone_mode=False) or 0
+        code = app(args=list(arguments), prog_name="medkd-fast", standalone_mode=False) or 0
     except WrongUse as error:
         print(f"medkd-fast: {error}", file=sys.stderr)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # of typers that do not give the code themselves
+        code = STOPPED
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "medkd-fast"
+        print(f"{command}: {error.format_message().rstrip('.')}: see `{command} --help`", file=sys.stderr)
+    if code == STOPPED:
         print(
             "medkd-fast: stopped; the same command goes on where it was, train and distill with --resume",
             file=sys.stderr,
         )
-        return 130
-    except _UsageError as error:
-        command = error.ctx.command_path if error.ctx else "medkd-fast"
-        print(f"{command}: {error.format_message().rstrip('.')}: see `{command} --help`", file=sys.stderr)
-    return 2
+    return code
 
 
 @app.command()
