@@ -19,7 +19,7 @@ def unwrapped(network: nn.Module) -> nn.Module:
     """The network inside `DistributedDataParallel` and `torch.compile`, whose layers have their own names."""
     while True:
         if isinstance(network, nn.DataParallel):
-            raise ValueError(
+            raise TypeError(
                 "DataParallel runs copies of a network, whose layers nobody sees; use DistributedDataParallel"
             )
         if isinstance(network, nn.parallel.DistributedDataParallel):
