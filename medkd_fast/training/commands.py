@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -22,7 +23,6 @@ app = typer.Typer(
 )
 # click's UsageError, from click or from the copy of it that newer typers carry
 _UsageError = typer.BadParameter.__mro__[1]
-STOPPED = 130  # what a shell says after Ctrl-C
 
 _Text = Optional[str]  # noqa: UP045
 Run = Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint counts) or a checkpoint.")]
@@ -30,22 +30,33 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; wrong use is one line on standard error and code 2, Ctrl-C is 130."""
-    code = 2
     try:
-        code = app(args=list(arguments), prog_name="medkd-fast", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(args=list(arguments), prog_name="medkd-fast", standalone_mode=False) or 0
+        if code == 130:  # what newer typers make of Ctrl-C
+            raise KeyboardInterrupt
+        return code
     except WrongUse as error:
         print(f"medkd-fast: {error}", file=sys.stderr)
-    except (KeyboardInterrupt, typer.Abort):  # of typers that do not give the code themselves
-        code = STOPPED
-    except _UsageError as error:
-        command = error.ctx.command_path if error.ctx else "medkd-fast"
-        print(f"{command}: {error.format_message().rstrip('.')}: see `{command} --help`", file=sys.stderr)
-    if code == STOPPED:
+    except (KeyboardInterrupt, typer.Abort):
         print(
             "medkd-fast: stopped; the same command goes on where it was, train and distill with --resume",
             file=sys.stderr,
         )
-    return code
+        return 130
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "medkd-fast"
+        print(f"{command}: {error.format_message().rstrip('.')}: see `{command} --help`", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, line: int, *rest: Any) -> None:
+    """Our own warnings, which are about the data, in one line; others as Python shows them."""
+    if category.__module__.startswith("medkd_fast"):
+        print(f"medkd-fast: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, line))
 
 
 @app.command()
