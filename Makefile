@@ -111,7 +111,7 @@ $(DOCS)/installed-$(DOCS_KEY):
 	@touch $@
 
 docs: $(DOCS)/installed-$(DOCS_KEY)
-	$(DOCS)/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet --strict
 	$(DOCS)/bin/python docs/check_site.py build/site
 
 gpu-check:
