@@ -66,7 +66,7 @@ def resample(
     """Resample to another spacing (z, y, x) over the same extent, the middles of both grids in one place.
 
     size: (rows, columns) in place of the y and x of `spacing`. An axis that keeps its spacing keeps its voxels. Where a
-    spacing does not divide the extent, the new grid is the smallest that covers it; the outermost voxels go on beyond.
+    spacing does not divide the extent, the new grid is the smallest that covers it.
     Images are smoothed to a coarser resolution and interpolated linearly; labels take the nearest neighbour.
 
     >>> small = resample(sitk.Image(8, 8, 3, sitk.sitkFloat32), size=(4, 4))
@@ -83,23 +83,27 @@ def resample(
     if new_size == list(old_size) and np.allclose(new_spacing, old_spacing, rtol=1e-3):
         return image
     if not labels:
-        for axis in range(3):
-            # the recursive filter needs four voxels; thinner images are not smoothed along that axis
-            if new_spacing[axis] > old_spacing[axis] * 1.001 and old_size[axis] >= 4:
-                image = sitk.RecursiveGaussian(image, sigma=new_spacing[axis] / 2, direction=axis)
+        for axis, (new, old) in enumerate(zip(new_spacing, old_spacing, strict=True)):
+            # half of a voxel's width of blur, less what the old voxels have of it; the recursive filter needs four voxels
+            sigma = math.sqrt(max(new**2 - old**2, 0.0)) / 2
+            if sigma > 0.2 * old and old_size[axis] >= 4:
+                image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
     # the origin is the centre of the first voxel: put the middles of the grids, not the first voxels, in one place
     first = [
         (n - 1) / 2 - (m - 1) / 2 * s / o
         for n, m, s, o in zip(old_size, new_size, new_spacing, old_spacing, strict=True)
     ]
-    filter_ = sitk.ResampleImageFilter()
-    filter_.SetSize(new_size)
-    filter_.SetOutputSpacing(new_spacing)
-    filter_.SetOutputOrigin(image.TransformContinuousIndexToPhysicalPoint(first))
-    filter_.SetOutputDirection(image.GetDirection())
-    filter_.SetInterpolator(sitk.sitkNearestNeighbor if labels else sitk.sitkLinear)
-    filter_.SetUseNearestNeighborExtrapolator(True)
-    return filter_.Execute(image)
+    return sitk.Resample(
+        image,
+        new_size,
+        sitk.Transform(3, sitk.sitkIdentity),
+        sitk.sitkNearestNeighbor if labels else sitk.sitkLinear,
+        image.TransformContinuousIndexToPhysicalPoint(first),
+        new_spacing,
+        image.GetDirection(),
+        0.0,
+        image.GetPixelID(),
+    )
 
 
 def resample_onto(image: sitk.Image, grid: Geometry, *, labels: bool) -> sitk.Image:

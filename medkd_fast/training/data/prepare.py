@@ -28,7 +28,7 @@ from medkd_fast.training.errors import WrongUse
 
 __all__ = ["Preprocessing", "Volume", "plan", "prepare", "prepare_case", "source_label", "to_source", "volume_of"]
 
-VERSION = 1  # of what this file does to the voxels: another number, another cache
+VERSION = 2  # of what this file does to the voxels: another number, another cache
 BY_NAME = {"ct": "window", "nonorm": "none"}  # intensities by the channel's name, as in nnU-Net; others are z-scored
 AIR = -500  # Hounsfield units: an image that goes below and whose channel does not say what it is, is a CT
 

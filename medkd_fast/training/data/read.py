@@ -127,7 +127,9 @@ def counts_of(array: np.ndarray) -> dict[int | float, int]:
         low, high = int(array.min()), int(array.max())
         if high - low < 1 << 16:
             flat = array.reshape(-1)
-            counts = np.bincount(flat if low == 0 else flat.astype(np.int64) - low)
+            if low or flat.dtype == np.uint64:  # bincount counts from 0, and takes no uint64
+                flat = flat.astype(np.int64) - low
+            counts = np.bincount(flat)
             return {int(i) + low: int(counts[i]) for i in np.flatnonzero(counts)}
     values, counts = np.unique(array, return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))

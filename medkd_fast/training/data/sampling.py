@@ -213,7 +213,7 @@ def class_places(mask: np.ndarray, num_classes: int) -> dict[int, np.ndarray]:
     {2: array([1, 2])}
     """
     flat = mask.reshape(-1)
-    labelled = np.flatnonzero((flat > 0) & (flat < num_classes))
+    labelled = np.flatnonzero(flat)
     values, places = flat[labelled], {}
     for c in range(1, num_classes):
         found = labelled[values == c]

@@ -117,9 +117,10 @@ def test_label_out_of_range_and_not_whole(root, label):
         prepare(open_dataset(root))
     write(changed(label, lambda a: a.astype(np.float32) * 0.5), root / "labelsTr" / "ct_000.nii.gz")
     assert "holds 0.5, 1.5, 2.5, 4, which" in only(root)[2]
-    # whole numbers in a floating point file are fine
-    write(sitk.Cast(label, sitk.sitkFloat64), root / "labelsTr" / "ct_000.nii.gz")
-    assert findings(root) == []
+    # whole numbers of any type are fine
+    for kind in (sitk.sitkFloat64, sitk.sitkInt16, sitk.sitkUInt64):
+        write(sitk.Cast(label, kind), root / "labelsTr" / "ct_000.nii.gz")
+        assert findings(root) == []
 
 
 def test_ignored_voxels_are_counted(tmp_path, ct, label):
@@ -264,6 +265,11 @@ def test_the_command_prints_and_says_by_its_exit_code(root, capsys):
     assert "error: ct_001: " in page and "1 errors: not to be trained on until they are mended" in page
     assert main(["data", str(root), "--layout", "bids"]) == 2
     assert "unknown layout 'bids'" in capsys.readouterr().err
+
+
+def test_the_command_has_help_with_an_example(capsys):
+    assert main(["data", "-h"]) == 0
+    assert "Example: medkd-fast data demo" in capsys.readouterr().out
 
 
 def test_labels_of_the_command_are_not_taken_for_markup(tmp_path, ct, label, capsys):

@@ -109,6 +109,14 @@ def test_nnunet_version_1_and_files_named_in_the_json(tmp_path, ct, label):
     assert (case.name, case.label) == ("here", root / "labelsTr" / "ct_002.nii.gz")
 
 
+def test_nnunet_with_names_of_acdc_keeps_patients_together(tmp_path, ct, label):
+    root = write_nnunet(tmp_path / "set", ct, label, cases=2)
+    for folder, end in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        for i, frame in enumerate(("01", "12")):
+            (root / folder / f"ct_{i:03d}{end}").rename(root / folder / f"patient007_frame{frame}{end}")
+    assert {c.patient for c in open_dataset(root).cases} == {"patient007"} and len(open_dataset(root).cases) == 2
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -175,6 +183,11 @@ def test_csv(sets, tmp_path, ct, label):
     dataset = open_dataset(sets["csv"])
     assert dataset.channels == ("ct", "t1") and dataset.cases[2].patient == "patient 2"
     assert dataset.split == Split(("s0", "s1"), ("s2",), ("s3",)) == split_by_patient(dataset)
+    table = sets["csv"].read_text().replace("masks/s3.mha", "")
+    for folder in ("scans", "masks"):
+        table = table.replace(f"{folder}/", f"{sets['csv'].parent}/{folder}/")
+    (tmp_path / "less.csv").write_text(table)
+    assert open_dataset(tmp_path / "less.csv").split == Split(("s0", "s1"), ("s2",))  # no label, no side
     # no classes.json: the values in the labels are the classes
     assert dataset.classes == {i: f"label {v}" for i, v in enumerate(ORGANS.values(), start=1)}
     named = write_csv(tmp_path / "set", ct, label)

@@ -74,7 +74,7 @@ def test_there_and_back_through_another_spacing(spacing, tmp_path, ct, label):
     assert volume.image.min() >= 0 and volume.image.max() <= 1
     expected = classes(label)
     one_hot = torch.nn.functional.one_hot(volume.label[0], 7).movedim(-1, 0).float()
-    for prediction in (volume.label[0], one_hot * 8 - 3):
+    for prediction in (volume.label[0], one_hot * 8 - 20):
         back = to_source(prediction, volume)
         found = sitk.GetArrayFromImage(back)
         assert same_grid(Geometry.of(back), Geometry.of(label)) and found.dtype == np.uint8
@@ -133,6 +133,16 @@ def test_resampling_keeps_physical_places():
     expected_box = np.zeros((2, 16, 16), np.uint8)
     expected_box[:, 4:8, 10:14] = 5
     np.testing.assert_array_equal(small_box, expected_box)
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.5, 4.0])
+def test_smoothing_grows_with_the_step(factor):
+    # white noise: what is left of its variance falls with the step, and nearly all of it stays where there is hardly one
+    noise = np.random.default_rng(0).standard_normal((4, 120, 120)).astype(np.float32)
+    smoothed = sitk.GetArrayFromImage(resample(sitk.GetImageFromArray(noise), spacing=(None, None, factor)))
+    linear = sitk.GetArrayFromImage(resample(sitk.GetImageFromArray(noise), spacing=(None, None, 1 / 1.05)))
+    left = smoothed[..., 5:-5].var() / linear[..., 5:-5].var()
+    assert {1.05: 0.85, 1.5: 0.3, 4.0: 0.1}[factor] < left < {1.05: 1.1, 1.5: 0.8, 4.0: 0.3}[factor]
 
 
 def test_finer_grids_go_on_at_the_edges_and_thin_volumes_pass():

@@ -47,7 +47,8 @@ def open(root: Path) -> Dataset:
                 raise WrongUse(
                     f"line {line} of {root}: split must be train, validation or test, got {cells['split']!r}"
                 )
-            sides.setdefault(SIDES[cells["split"].lower()], []).append(name)
+            if label:
+                sides.setdefault(SIDES[cells["split"].lower()], []).append(name)
     if not cases:
         raise WrongUse(f"{root} lists no case")
     classes, label_values, ignore_label = classes_beside(root.parent, cases)

@@ -1,6 +1,7 @@
 """nnU-Net's raw data: dataset.json, imagesTr/CASE_0000.nii.gz (one file a channel), labelsTr/CASE.nii.gz; versions 1 and 2.
 
-imagesTs with labelsTs, where they are there, are the test. Every case counts as a patient of its own.
+imagesTs with labelsTs, where they are there, are the test. Every case counts as a patient of its own, but for names such as
+ACDC's patient001_frame01.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medkd_fast.training.data.dataset import Case, Dataset
+from medkd_fast.training.data.layouts import acdc
 from medkd_fast.training.data.layouts.common import dataset_json, named_labels
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
@@ -51,9 +53,19 @@ def open(root: Path) -> Dataset:
 def _listed(root: Path, info: dict[str, Any]) -> list[Case]:
     """The cases whose files dataset.json lists itself."""
     return [
-        Case(name, name, tuple(root / p for p in files["images"]), root / files["label"] if "label" in files else None)
+        Case(
+            name,
+            _patient(name),
+            tuple(root / p for p in files["images"]),
+            root / files["label"] if "label" in files else None,
+        )
         for name, files in sorted(info.get("dataset", {}).items())
     ]
+
+
+def _patient(name: str) -> str:
+    match = acdc.FRAME.fullmatch(name)
+    return match[1] if match else name
 
 
 def _cases(images: Path, labels: Path, ending: str) -> list[Case]:
@@ -65,5 +77,7 @@ def _cases(images: Path, labels: Path, ending: str) -> list[Case]:
     cases = []
     for name, of_case in files.items():
         label = labels / f"{name}{ending}"
-        cases.append(Case(name, name, tuple(of_case[k] for k in sorted(of_case)), label if label.is_file() else None))
+        cases.append(
+            Case(name, _patient(name), tuple(of_case[k] for k in sorted(of_case)), label if label.is_file() else None)
+        )
     return cases
