@@ -36,7 +36,7 @@ def as_labels(target: torch.Tensor, *, include_background: bool = True, sigmoid:
     >>> as_labels(one_hot), as_labels(torch.tensor([[[[0.0, 2.0, 1.0]]]]), include_background=False)
     (tensor([[[0, 2, 1]]]), tensor([[[-100,    2,    1]]]))
     """
-    target = target.as_subclass(torch.Tensor)  # type: ignore[no-untyped-call]  # of MetaTensor the values are enough
+    target = target.as_subclass(torch.Tensor)  # of MetaTensor the values are enough
     if target.dim() < 3:
         raise ValueError(f"target: got shape {tuple(target.shape)}, want labels [B, 1, *S] or one-hot [B, C, *S]")
     if sigmoid:
@@ -80,7 +80,7 @@ class MonaiLoss(_Loss):
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """student, teacher: logits [B, C, *S]; target: [B, 1, *S] or one-hot [B, C, *S]."""
-        student, teacher = (x.as_subclass(torch.Tensor) for x in (student, teacher))  # type: ignore[no-untyped-call]
+        student, teacher = (x.as_subclass(torch.Tensor) for x in (student, teacher))
         labels = as_labels(target, include_background=self.include_background, sigmoid=self.sigmoid)
         if self.reduction == LossReduction.MEAN.value:
             value: torch.Tensor = self.loss(student, teacher, labels)
