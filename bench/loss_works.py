@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import machine
 import published_losses as published
 import torch
-from works import Call, Work
+from works import Call, Work, few_rounds
 
 from medkd_fast import losses
 
@@ -47,9 +48,10 @@ def calls(name: str, student: torch.Tensor, teacher: torch.Tensor, target: torch
             {"features": [feature]},
         )
     elif name == "dsd":
-        layers = [[x, x[:, :16], x[:, 16:]] for x in both]
+        parts = [x.split((CLASSES, 7, x.shape[1] - CLASSES - 7), 1) for x in both]
+        layers = [[x, *of_x[1:]] for x, of_x in zip(both, parts, strict=True)]
         extra = {"student_features": layers[0], "teacher_features": layers[1]}
-        both = (student[:, :CLASSES], teacher[:, :CLASSES])
+        both = (parts[0][0], parts[1][0])
         others = (*both, *layers)
     elif name == "emkd":
         settings, extra = {"num_classes": CLASSES}, {"student_features": [student], "teacher_features": [teacher]}
@@ -71,6 +73,10 @@ def work(name: str, shape: tuple[int, ...]) -> Work:
     made = Work("", title, student, module, {"published": (function, args)}, group="losses")
     made.bytes = 3 * made.student_bytes  # both read, the gradient written
     made.input_bytes = 2 * made.student_bytes
+    if name == "cirkd":  # two symmetric products in each of two passes, and a full one, of the pixels of all images
+        pixels = shape[0] * math.prod(shape[2:])
+        made.flops, made.exps = 6 * pixels**2 * shape[1], 2 * pixels**2
+        return few_rounds(made)
     return made
 
 

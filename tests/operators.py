@@ -6,12 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 #: Relative rounding of one stored number, for tolerances that come from an output's type.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+#: Backends whose kernels run one thread after another where there is no GPU: their tests take small shapes and few calls.
+EMULATED = () if torch.cuda.is_available() else ("cuda", "triton")
+
+
+def compiled(function: Callable[..., Any], backend: str, **settings: Any) -> Callable[..., Any]:
+    """`function` in one graph. Inductor generates code for what stands around an operator: once, not for each emulated backend."""
+    by = "aot_eager" if backend in (*EMULATED, "reference") else "inductor"
+    return torch.compile(function, fullgraph=True, backend=by, **settings)
 
 
 class Comparison(NamedTuple):

@@ -7,8 +7,9 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
 
 * Logits. u = z / τ is rounded to ε·U, U the largest |u| of the pixel in either network; probabilities move by as much
   relatively, and so does the gradient τ·w·(p_s − p_t): error K·ε·τ·w·(1 + U) a pixel. The value sums probabilities times
-  differences of up to 2U: K·ε·τ²·w·(1 + U)². Through upsampling the gradient's bound goes as the gradient does, by the
-  adjoint of the interpolation, whose positions are rounded to ε·size, in the definition too.
+  differences of up to 2U: K·ε·τ²·w·(1 + U)². Over the n pixels of a row a logarithm of a probability can be log n larger. Through
+  upsampling the gradient's bound goes as the gradient does, by the adjoint of the interpolation, whose positions are
+  rounded to ε·size, in the definition too: so the neighbours of a pixel get a share where its weight for them is 0.
 * Correlations of probabilities. The error of u moves q = p − 1/C by K·ε·(p + 2U·p·(1 − p) + 1/C), and through q all that is made of
   it (`correlation_moved`). A vector as short as its error has no direction: then little more than no NaN is asked for.
 * Relations. Sums round in proportion to what they sum: K·ε times the size that the relation, the loss and a row's gradient
@@ -157,6 +158,11 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
     return medkd_fast.class_kl(x, teacher, target=drawn.target, **settings)
 
 
+def double(call: Call) -> bool:
+    """Whether the arithmetic is in fp64."""
+    return torch.float64 in (call.student_dtype, call.teacher_dtype)
+
+
 class Bounds(NamedTuple):
     """In units of K·ε."""
 
@@ -197,6 +203,10 @@ def logit_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
     each, _ = truth(replace(call, reduction="none"), drawn)
     undefined = each.isinf().double().unsqueeze(1)
     gradient, undefined = (adjoint(x, call.low or call.size) for x in (gradient, undefined))
+    if call.low and gradient.numel():
+        pool = [F.max_pool1d, F.max_pool2d, F.max_pool3d][len(call.low) - 1]
+        # the position's rounding in the definition is one of fp64
+        gradient = gradient + (1 if double(call) else 2.0**-24) * pool(gradient, 3, 1, 1)
     return Bounds(value if call.reduction == "none" else value.sum(), gradient, undefined > 0)
 
 
@@ -212,7 +222,8 @@ def spatial_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds
             finite = u.nan_to_num(0, 0, 0).abs().amax(2)
             largest += finite.reshape(largest.shape)
             probability += u.softmax(2).nan_to_num().reshape(probability.shape)
-    valid = drawn.keep.flatten(1).any(1).double().reshape(-1, *[1] * (largest.dim() - 1))
+    pixels = drawn.keep.flatten(1).sum(1).double().reshape(-1, *[1] * (largest.dim() - 1))
+    valid, largest = (pixels > 0).double(), largest + pixels.clamp(min=1).log()
     share = valid / (valid.sum().clamp(min=1) * call.channels) if call.reduction == "mean" else valid
     value = share * temperature**2 * (1 + largest).square()
     v = upstream.double().abs()
@@ -254,8 +265,7 @@ def pearson_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds
     undefined = torch.zeros_like(gradient, dtype=torch.bool)
     if not number:
         return Bounds(torch.zeros((), dtype=torch.float64), gradient, undefined)
-    double = torch.float64 in (call.student_dtype, call.teacher_dtype)
-    unit = ROUNDINGS * torch.finfo(torch.float64 if double else torch.float32).eps / 2
+    unit = ROUNDINGS * torch.finfo(torch.float64 if double(call) else torch.float32).eps / 2
     q, e, probability = [], [], []
     for x in drawn[:2]:
         u = x.double().movedim(1, 0)[:, drawn.keep] / temperature  # [C, pixels that count]
@@ -379,16 +389,17 @@ def check(call: Call) -> None:
         )
 
     bounds = BOUNDS.get(call.operator, relation_bounds)(call, drawn, upstream)
-    double = torch.float64 in (call.student_dtype, call.teacher_dtype)
-    assert value.dtype == (torch.float64 if double else torch.float32)
+    assert value.dtype == (torch.float64 if double(call) else torch.float32)
     assert gradient.dtype == call.student_dtype
     unit = torch.finfo(value.dtype).eps / 2
     underflow = torch.finfo(value.dtype).smallest_normal
-    roundings = ROUNDINGS + (max(call.size) if double and call.low else 0)
+    roundings = ROUNDINGS + (max(call.size) if double(call) and call.low else 0)
     compare("value", value, want, unit * (roundings * bounds.value + 4 * want.abs()) + underflow)
     # rounded when it is saved, before the division by the number of pixels, and when it is divided; 1 / pixels is rounded too
     limits = torch.finfo(call.student_dtype)
     size = 1 + (upstream.abs().max() if upstream.numel() else 0)
+    if drawn.weight is not None and call.reduction == "mean":  # what is saved is divided by the sum of the weights
+        size = size / (drawn.weight * drawn.keep).sum().clamp(1e-30, 1)
     bound = unit * roundings * (bounds.gradient + want_gradient.abs()) + 1.5 * limits.eps * want_gradient.abs()
     bound = bound + limits.smallest_normal * limits.eps * size + underflow
     defined = ~bounds.undefined.expand_as(gradient)

@@ -7,7 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
+from operators import (
+    EMULATED,
+    ROUNDING,
+    assert_close,
+    channels_last,
+    compiled,
+    in_new_process,
+    over_threads,
+    value_and_gradient,
+)
 
 import medkd_fast
 from medkd_fast.backend import INTERPRETED, kernel
@@ -100,7 +109,7 @@ def test_gradcheck(loss: Loss, backend: str, low, reduction: str) -> None:
         lambda x: loss(x, teacher, target, weight=weight, reduction=reduction),
         student,
         check_undefined_grad=False,
-        fast_mode=backend == "triton",  # one direction instead of every entry: an interpreter is slow
+        fast_mode=backend in EMULATED,
     )
 
 
@@ -401,17 +410,17 @@ def test_compiles_into_one_graph(loss: Loss, backend: str, low, reduction: str) 
         return 2 * loss(x + 1, teacher, target, weight=weight, reduction=reduction).sum()
 
     want, want_gradient = value_and_gradient(step, student)
-    value, gradient = value_and_gradient(torch.compile(step, fullgraph=True), student)
+    value, gradient = value_and_gradient(compiled(step, backend), student)
     assert_close(value, want, 1e-14)
     assert_close(gradient, want_gradient, 1e-14)
 
 
 def test_compiles_for_changing_sizes(loss: Loss, fused: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, t, y: loss(x, t, y), fullgraph=True, dynamic=True)
+    call = compiled(lambda x, t, y: loss(x, t, y), fused, dynamic=True)
     for size in (5, 6, 9):
         student, teacher, target = sample((2, 3, size, size + 1))
-        value, gradient = value_and_gradient(lambda x: compiled(x, teacher, target), student)  # noqa: B023
+        value, gradient = value_and_gradient(lambda x: call(x, teacher, target), student)  # noqa: B023
         want, want_gradient = truth(loss, student, teacher, target)
         assert_close(value, want, 1e-14)
         assert_close(gradient, want_gradient, 1e-14)

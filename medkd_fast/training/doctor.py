@@ -20,6 +20,7 @@ EXTRA = {
     "SimpleITK": "SimpleITK",
     "matplotlib": "matplotlib",
     "tensorboard": "tensorboard",
+    "yaml": "PyYAML",
 }
 INSTALL_EXTRA = 'pip install --no-build-isolation ".[train]"'
 
@@ -65,10 +66,10 @@ def _extra() -> str:
 def _demo_data() -> str:
     if missing_extra():
         return "needs the extra [train]"
-    from medkd_fast.training.data import demo_paths
+    from medkd_fast.training.data.dataset import open_dataset
     from medkd_fast.training.errors import WrongUse
 
     try:
-        return str(demo_paths()[0])
+        return str(open_dataset("demo").cases[0].images[0])
     except WrongUse as error:
         return str(error)

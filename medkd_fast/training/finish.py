@@ -1,82 +1,164 @@
-"""What every finished run gets: scores and pictures in its folder, its table on the screen."""
+"""What every evaluated run gets: scores and pictures in its folder, its table on the screen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from medkd_fast.training.data import CLASSES, Slices, Split
-from medkd_fast.training.evaluate import Evaluation
-from medkd_fast.training.metrics import segmentation_scores
+from medkd_fast.training.data.dataset import IGNORE, Dataset, open_dataset
+from medkd_fast.training.data.prepare import Volume, prepare
+from medkd_fast.training.errors import WrongUse
+from medkd_fast.training.evaluate import Evaluation, evaluate
 from medkd_fast.training.networks import multiply_accumulates, parameter_count
 from medkd_fast.training.pictures import Row, curves_figure, overlay_figure, save_png
-from medkd_fast.training.runs import RunFolder, load_network
+from medkd_fast.training.runs import Trained, load_run
 from medkd_fast.training.tables import Entry, caveats, print_scores
 
+SIDES = ("test", "validation", "train", "all")
 
-def evaluate_run(run: Path, slices: Slices, split: Split) -> Evaluation:
-    """Score a run's folder (its last checkpoint) or a checkpoint, print the table; a folder keeps scores and pictures.
 
-    Raises WrongUse where `run` is neither.
+def evaluate_run(
+    run: Path,
+    data: str | None = None,
+    *,
+    layout: str | None = None,
+    side: str = "test",
+    protocol: str = "mm",
+    out: Path | None = None,
+) -> Evaluation:
+    """Score a run's folder or a checkpoint on a side of its split, print the table, write scores and pictures.
+
+    data: None takes the data set that it was trained on. out: None takes the run's folder; scores of other data, of another
+    side or by another protocol have that in their names. Raises WrongUse where there is no run, or nothing to score on.
     """
-    network = load_network(RunFolder(run).last if run.is_dir() else run)
-    evaluation = held_out_scores(network, slices, split)
-    if run.is_dir():
-        finish_run(run, network, evaluation, slices, split)
-    entries = {run.stem: Entry(evaluation, parameter_count(network), slice_macs(network, slices), costs={})}
-    print_scores(entries, caveats([evaluation], held_out_notes(split)))
+    trained = load_run(run)
+    dataset = open_dataset(data or trained.config.data, layout or (None if data else trained.config.layout))
+    names = cases_of(trained, dataset, side)
+    evaluation, seen, volumes = score(trained, dataset, names, protocol=protocol)
+    folder = out or (run if run.is_dir() else None)
+    own = _is_own(trained, dataset)
+    if folder and own and side == "test" and protocol == "mm":
+        finish_run(folder, trained, evaluation, {trained.name: seen}, volumes, dataset)
+    elif folder:
+        words = [w for w in ("" if own else dataset.name, side, "" if protocol == "mm" else protocol) if w]
+        evaluation.write(folder, "-".join(["scores", *words]), **about(trained, dataset, side))
+    print_scores({trained.name: entry_of(trained, evaluation)}, caveats([evaluation], notes_of(dataset)))
     return evaluation
 
 
-def finish_run(folder: Path, network: nn.Module, evaluation: Evaluation, slices: Slices, split: Split) -> None:
-    """Scores, overlay.png and curves.png in a run's folder."""
-    evaluation.write(folder)
-    save_png(overlay_figure(overlay_rows({folder.name: network}, slices, split), CLASSES), folder / "overlay.png")
-    save_png(curves_figure({folder.name: folder}), folder / "curves.png")
+def score(
+    trained: Trained, dataset: Dataset, names: Sequence[str], *, protocol: str = "mm"
+) -> tuple[Evaluation, dict[str, Tensor], dict[str, Volume]]:
+    """The scores on some cases, the first predictions on their volumes' own grid, and the volumes.
+
+    Runs on a GPU where there is one. Raises WrongUse where the data set is not what the network was trained for.
+    """
+    check_data(trained, dataset)
+    volumes = prepare(dataset, trained.preprocessing, names)
+    seen: dict[str, Tensor] = {}
+    device = best_device()
+    network = trained.network.to(device)
+    evaluation = evaluate(network, dataset, volumes, patch=trained.patch, protocol=protocol, device=device, seen=seen)
+    network.cpu()
+    return evaluation, seen, volumes
 
 
-def held_out_scores(network: nn.Module, slices: Slices, split: Split) -> Evaluation:
-    """Scores of the held-out blocks, each one 3-D volume."""
-    cases = {
-        f"block {number}": segmentation_scores(
-            predict(network, slices, block), slices.labels[block, 0], spacing=slices.spacing, classes=CLASSES
-        )
-        for number, block in enumerate(split.held_out)
+def finish_run(
+    folder: Path,
+    trained: Trained,
+    evaluation: Evaluation,
+    seen: Mapping[str, Mapping[str, Tensor]],
+    volumes: Mapping[str, Volume],
+    dataset: Dataset,
+) -> None:
+    """Scores, overlay.png and, where there are logs, curves.png in a run's folder."""
+    evaluation.write(folder, **about(trained, dataset, "test"))
+    save_png(overlay_figure(overlay_rows(seen, volumes), trained.classes), folder / "overlay.png")
+    if (folder / "logs").is_dir():
+        save_png(curves_figure({folder.name: folder}), folder / "curves.png")
+
+
+def cases_of(trained: Trained, dataset: Dataset, side: str) -> tuple[str, ...]:
+    """Names of the cases to score: of the run's split where it was trained on this data, else of the data set's own.
+
+    Data that brings no split is all test. Raises WrongUse for an unknown side and where it has no case.
+    """
+    if side not in SIDES:
+        raise WrongUse(f"unknown split {side!r}: choose from {', '.join(SIDES)}")
+    labelled = tuple(c.name for c in dataset.labelled)
+    split = trained.split if _is_own(trained, dataset) else dataset.split
+    if side == "all" or (side == "test" and split is None):
+        names = labelled
+    else:
+        names = tuple(getattr(split, side)) if split else ()
+    if not names:
+        raise WrongUse(f"{dataset.name} has no labelled {side} cases: choose another --split ({', '.join(SIDES)})")
+    return names
+
+
+def check_data(trained: Trained, dataset: Dataset) -> None:
+    """Raises WrongUse where a data set has other classes or another number of channels than a network was trained for."""
+    for what, known, found in (
+        ("classes", list(trained.classes.values()), list(dataset.classes.values())),
+        ("channels", list(trained.channels), list(dataset.channels)),
+    ):
+        if known != found and (what == "classes" or len(known) != len(found)):
+            raise WrongUse(
+                f"{trained.name} was trained for the {what} {', '.join(known)}, {dataset.name} has {', '.join(found)}: "
+                "they must agree"
+            )
+
+
+def about(trained: Trained, dataset: Dataset, side: str) -> dict[str, Any]:
+    """What stands in scores.json beside the scores."""
+    return {
+        "data": dataset.name,
+        "split": side,
+        "parameters": parameter_count(trained.network),
+        "macs": macs_of(trained),
+        "epochs": trained.epochs,
+        "notes": notes_of(dataset),
     }
-    return Evaluation(CLASSES, cases)
 
 
-@torch.no_grad()
-def predict(network: nn.Module, slices: Slices, indices: list[int]) -> Tensor:
-    """Class of every pixel of some slices, [len(indices), H, W] int64, one slice at a time."""
-    network.eval()
-    device = next(network.parameters()).device
-    return torch.cat([network(slices.images[[i]].to(device)).argmax(1).cpu() for i in indices])
+def entry_of(trained: Trained, evaluation: Evaluation) -> Entry:
+    """A network's column of the table, without what a step costs."""
+    return Entry(evaluation, parameter_count(trained.network), macs_of(trained), costs={})
 
 
-def overlay_rows(networks: Mapping[str, nn.Module], slices: Slices, split: Split) -> list[Row]:
-    """The middle slice of every held-out block."""
+def macs_of(trained: Trained) -> int:
+    """Multiply-accumulates of one slice or patch."""
+    return multiply_accumulates(trained.network, (1, len(trained.channels), *trained.patch))
+
+
+def overlay_rows(seen: Mapping[str, Mapping[str, Tensor]], volumes: Mapping[str, Volume]) -> list[Row]:
+    """Of every case that all networks have seen, the slice with most labelled voxels. seen: {network: {case: [D, H, W]}}."""
     rows = []
-    for index in (block[len(block) // 2] for block in split.held_out):
-        masks = {"label": slices.labels[index, 0].numpy()}
-        masks |= {name: predict(network, slices, [index])[0].numpy() for name, network in networks.items()}
-        aspect = slices.spacing[1] / slices.spacing[2]
-        rows.append(Row(f"slice {slices.first + index}", slices.images[index, 0].numpy(), masks, aspect))
+    for case in next(iter(seen.values())):
+        volume = volumes[case]
+        assert volume.mask is not None
+        mask = volume.mask[0].numpy()
+        label = np.where(mask == IGNORE, 0, mask)
+        z = int(np.argmax((label > 0).sum((1, 2))))
+        masks = {"label": label[z]} | {name: of[case][z].numpy() for name, of in seen.items()}
+        rows.append(Row(f"{case}, slice {z}", volume.image[0, z].numpy(), masks, volume.spacing[1] / volume.spacing[2]))
     return rows
 
 
-def held_out_notes(split: Split) -> list[str]:
-    held_out = sum(len(block) for block in split.held_out)
-    subject = (
-        f"One subject (LIDC-IDRI-0001): {len(split.train)} slices trained on, {held_out} held out in {len(split.held_out)} "
-        "blocks with a gap beside each. Nothing here speaks for other subjects."
-    )
-    return [subject, "Last weights of each run; none was chosen by its held-out score."]
+def notes_of(dataset: Dataset) -> list[str]:
+    return [*dataset.notes, "Last weights of each run; none was chosen by its test score."]
 
 
-def slice_macs(network: nn.Module, slices: Slices) -> int:
-    """Multiply-accumulates of one slice."""
-    return multiply_accumulates(network, (1, *slices.images.shape[1:]))
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _is_own(trained: Trained, dataset: Dataset) -> bool:
+    """Whether a data set holds the very cases that a network's split names."""
+    split = trained.split
+    return {*split.train, *split.validation, *split.test} <= {c.name for c in dataset.cases}

@@ -1,110 +1,114 @@
-"""The Lightning module: a network, DiceCE, and, where there is a teacher, the distillation terms."""
+"""The Lightning module: a network, its task loss, and, where there is a teacher, the distillation losses."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from monai.losses import DiceCELoss
+import torch.nn.functional as F
+from monai.losses import DeepSupervisionLoss
 from torch import Tensor, nn
 
-from medkd_fast.training.data import NUM_CLASSES
-from medkd_fast.training.distillation import Distillation
+from medkd_fast.distiller import Distiller
+from medkd_fast.training.data.prepare import Volume
+from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.metrics import mean_without_nan
-from medkd_fast.training.networks import DecoderTap
+from medkd_fast.training.networks import all_outputs
 
 WEIGHT_DECAY = 1e-2
 WARM_UP = 20  # steps
 GRADIENT_CLIP = 12.0  # nnU-Net's
 CHECKPOINT_KEY = "medkd_fast"
-
-
-class Teacher:
-    """A trained network that only answers: eval mode, no gradient, and no submodule of whoever holds it.
-
-    Because it is not an `nn.Module`, the student's state_dict, optimiser and checkpoint do not know it.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.tap = DecoderTap(self.network)
-
-    @torch.no_grad()
-    def __call__(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.tap(image)
+OVERLAP = 0.25  # of the sliding window's places in validation: a curve, not a result
 
 
 class SegmentationModule(pl.LightningModule):
-    """Trains `network` on (image [B, 1, H, W], label [B, 1, H, W]) batches; validates on held-out blocks of slices.
+    """Trains a network on (image [B, C, *S], label [B, 1, *S]) batches; validates on whole volumes.
 
-    total_steps: optimiser steps of the whole run, for the learning rate's polynomial decay after a short warm-up.
-    distillation, teacher: both or neither. description: stored in the checkpoint; `load_network` reads it.
+    model: the network, or a `Distiller` around it. total_steps: optimiser steps of the whole run, for the learning rate's
+    polynomial decay after a short warm-up. num_classes: with the background. volumes: to validate on; a batch of the
+    validation is the number of one. description: stored in the checkpoint; `load_run` reads it.
     """
 
     def __init__(
         self,
-        network: nn.Module,
+        model: nn.Module,
         *,
         total_steps: int,
         learning_rate: float,
-        distillation: Distillation | None = None,
-        teacher: Teacher | None = None,
-        description: dict[str, Any] | None = None,
+        num_classes: int,
+        dims: int,
+        patch: Sequence[int],
+        ignore_label: int | None = None,
+        volumes: Sequence[Volume] = (),
+        seed: int = 0,
+        description: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if (distillation is None) != (teacher is None):
-            raise ValueError("distillation terms need a teacher and a teacher needs distillation terms: give both")
-        self.network, self.distillation, self.teacher = network, distillation, teacher
-        self.total_steps, self.learning_rate = total_steps, learning_rate
-        self.description = description or {}
-        self.tap = DecoderTap(network)
-        # Dice over the batch: most slices lack most organs, and Dice of an absent organ is noise
-        self.task_loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
-        self._overlaps: dict[int, Tensor] = {}
+        self.model = model
+        self.total_steps, self.learning_rate, self.seed = total_steps, learning_rate, seed
+        self.num_classes, self.dims, self.patch = num_classes, dims, tuple(patch)
+        self.ignore_label, self.volumes = ignore_label, list(volumes)
+        self.description = dict(description or {})
+        # of outputs at several scales the finest weighs 1, each coarser one half as much
+        self.task_loss = DeepSupervisionLoss(DiceCE(num_classes, ignore_label))
+        self._counts = torch.zeros(0)
 
-    def setup(self, stage: str) -> None:
-        if self.teacher is not None:
-            self.teacher.network.to(self.device)
+    @property
+    def network(self) -> nn.Module:
+        """What is trained and kept: the student, or the network that learns alone."""
+        return self.model.student if isinstance(self.model, Distiller) else self.model
 
-    def losses(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and, detached, its parts: "task" and "name/part" of every distillation term."""
-        image, label = batch
-        student = self.tap(image)
-        task = self.task_loss(student[0], label)
-        if self.teacher is None or self.distillation is None:
+    def compile_network(self, wanted: bool) -> None:
+        """Let torch.compile make the network's forward, and nothing else of it: its parameters keep their names."""
+        if wanted:
+            self.network.compile()
+
+    def losses(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and, detached, its parts: "task", and "name" and "name/part" of every distillation loss."""
+        image, label = batch[:2]
+        if isinstance(self.model, Distiller):
+            for teacher in self.model.teachers:
+                if isinstance(teacher, RecordedTeacher):
+                    teacher.logits = batch[2]
+        outputs = all_outputs(self.model(image), image.dim())
+        task = self.task_loss(outputs, label.float())
+        if not isinstance(self.model, Distiller):
             return task, {"task": task.detach()}
-        loss = task + self.distillation(student, self.teacher(image), label)
-        return loss, {"task": task.detach(), **self.distillation.parts}
+        loss = task + self.model.loss(label)
+        return loss, {"task": task.detach(), **self.model.log(parts=True)}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         loss, parts = self.losses(batch)
         self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self._overlaps = {}
+    def on_train_epoch_start(self) -> None:
+        # dropout draws the same numbers in an epoch that a killed run begins again
+        torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 4099 + self.global_rank)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> None:
-        image, label, block = batch
-        prediction = self.network(image).argmax(1, keepdim=True)
-        for number in block.unique().tolist():
-            p, y = prediction[block == number], label[block == number]
-            counts = torch.stack(
-                [torch.bincount(v.flatten(), minlength=NUM_CLASSES) for v in (y[p == y], p, y)]
-            )  # [3, classes]: overlap, predicted, labelled
-            self._overlaps[number] = self._overlaps.get(number, 0) + counts
+    def on_validation_epoch_start(self) -> None:
+        self._counts = torch.zeros(len(self.volumes), 3, self.num_classes, dtype=torch.int64)
+
+    def validation_step(self, batch: Tensor, batch_index: int) -> None:
+        for number in batch.tolist():
+            volume = self.volumes[number]
+            logits = predict_logits(
+                self.network, volume.image, dims=self.dims, patch=self.patch, overlap=OVERLAP, device=self.device
+            )
+            counted = volume.mask[0] < self.num_classes  # all but the ignore label
+            p, y = logits.argmax(0)[counted], volume.mask[0][counted].long()
+            # overlap, predicted, labelled
+            self._counts[number] = torch.stack(
+                [torch.bincount(v, minlength=self.num_classes) for v in (y[p == y], p, y)]
+            )
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_dice", self._mean_dice(), prog_bar=True)
-
-    def _mean_dice(self) -> float:
-        """Dice averaged over the blocks that have a class, then over classes, as `metrics.summarise` does."""
-        per_class: list[float] = []
-        for c in range(1, NUM_CLASSES):
-            counts = [block[:, c].tolist() for block in self._overlaps.values()]
-            per_class.append(mean_without_nan([2 * o / (p + y) for o, p, y in counts if y]))
-        return mean_without_nan(per_class)
+        # every process has counted its volumes and has 0 for the others
+        counts = self.trainer.strategy.reduce(self._counts.to(self.device), reduce_op="max")
+        self.log("val_dice", mean_dice(counts.cpu()), prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=WEIGHT_DECAY)
@@ -117,3 +121,64 @@ class SegmentationModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = self.description
+
+
+class DiceCE(nn.Module):
+    """Soft Dice loss of the classes without the background, mean over classes, plus cross-entropy, mean over pixels.
+
+    Both over the whole batch (most slices lack most organs, and Dice of an absent organ is noise) and, in a distributed
+    run, over all processes' batches: the gradients are those of one process with the global batch. MONAI's
+    `DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)`, which knows neither an ignore
+    label nor other processes, is the same without them.
+    """
+
+    def __init__(self, num_classes: int, ignore_label: int | None = None) -> None:
+        super().__init__()
+        self.num_classes, self.ignore_label = num_classes, ignore_label
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """logits: [B, num_classes, *S]; target: [B, 1, *S], classes in any type."""
+        logits, target = logits.float(), target[:, 0].long()
+        valid = torch.ones_like(target, dtype=torch.bool) if self.ignore_label is None else target != self.ignore_label
+        target = torch.where(valid, target, 0)
+        cross_entropy = F.cross_entropy(logits, target, reduction="none")[valid].sum()
+        probability = logits.softmax(1) * valid.unsqueeze(1)
+        truth = F.one_hot(target, self.num_classes).movedim(-1, 1) * valid.unsqueeze(1)
+        axes = [0, *range(2, logits.dim())]
+        sums = [(probability * truth).sum(axes), probability.sum(axes), truth.sum(axes)]
+        totals = over_processes(torch.cat([*sums, cross_entropy.view(1), valid.sum().view(1)]))
+        overlap, predicted, labelled = totals[:-2].view(3, -1)[:, 1:]
+        dice = (2 * overlap + 1e-5) / (predicted + labelled + 1e-5)
+        return (1 - dice).mean() + totals[-2] / totals[-1].clamp(min=1)
+
+
+def over_processes(sums: Tensor) -> Tensor:
+    """Sums over all processes of a distributed run, with gradients; as they are without one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return sums
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(sums)
+
+
+def mean_dice(counts: Tensor) -> float:
+    """Dice averaged over the volumes that have a class, then over classes. counts: [volumes, 3, classes], overlap, predicted, labelled.
+
+    >>> mean_dice(torch.tensor([[[5, 2, 0], [5, 2, 1], [5, 4, 0]]]))  # the last class has no label
+    0.6666666666666666
+    """
+    per_class: list[float] = []
+    for c in range(1, counts.shape[2]):
+        per_class.append(mean_without_nan([2 * o / (p + y) for o, p, y in counts[:, :, c].tolist() if y]))
+    return mean_without_nan(per_class)
+
+
+class RecordedTeacher(nn.Module):
+    """Stands for a teacher whose logits of the batch come with the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.zeros(0)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits.to(image.device)

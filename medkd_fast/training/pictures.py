@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,8 @@ def svg_text(figure: Figure, *, name: str) -> str:
     text = text[text.index("<svg") :]  # without the XML declaration, which has no place inside a page
     for ink in (INK, "#000000"):
         text = text.replace(ink, "currentColor")
-    return text
+    # matplotlib counts from 1 in every figure; of a page's ids no two may be equal
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
 def read_curve(folder: Path, column: str) -> tuple[Sequence[int], Sequence[float]]:

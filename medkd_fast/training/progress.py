@@ -14,13 +14,15 @@ def progress_callback(name: str) -> Callback:
 
 
 class EpochLines(Callback):
-    """One line an epoch on standard error: the losses of its last logged step and the held-out Dice."""
+    """One line an epoch on standard error: the losses of its last logged step and the validation Dice."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        values = "  ".join(f"{k} {float(v):.3f}" for k, v in trainer.callback_metrics.items())
+        if not trainer.is_global_zero:
+            return
+        values = "  ".join(f"{k} {float(v):.3f}" for k, v in trainer.callback_metrics.items() if "/" not in k)
         print(
             f"{self.name}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {values}",
             file=sys.stderr,

@@ -1,15 +1,23 @@
-"""A run: its configuration, its folder, and training that a kill does not lose.
+"""A run: its folder, training that a kill does not lose, and what can be loaded from it.
 
-A run's folder holds config.json, versions.json, checkpoints/best.ckpt (highest held-out Dice during training) and last.ckpt,
-logs/version_*/metrics.csv (one file an attempt) and tensorboard/. Whoever evaluates it adds scores and pictures.
+A run's folder holds config.yaml (with every choice made), split.json, versions.json, checkpoints/best.ckpt (highest
+validation Dice), last.ckpt and previous.ckpt, logs/version_*/metrics.csv (one file an attempt) and tensorboard/. Whoever
+evaluates it adds scores and pictures.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import platform
+import signal
+import statistics
+import sys
+import threading
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +28,30 @@ import SimpleITK as sitk
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
 import medkd_fast
-from medkd_fast.training.data import Slices, Split
-from medkd_fast.training.distillation import Distillation
+from medkd_fast.training.checkpoints import BEST, LAST, KeptCheckpoints, newest_good, read_checkpoint
+from medkd_fast.training.config import PRECISIONS, RunConfig, read_yaml, write_yaml
+from medkd_fast.training.data.dataset import Dataset, open_dataset
+from medkd_fast.training.data.prepare import Preprocessing, Volume, plan, prepare
+from medkd_fast.training.data.sampling import train_loader
+from medkd_fast.training.data.split import Split, split_by_patient
+from medkd_fast.training.distillation import make_distiller, resolve
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, sha256, write_json
-from medkd_fast.training.module import CHECKPOINT_KEY, GRADIENT_CLIP, SegmentationModule, Teacher
-from medkd_fast.training.networks import build_network
+from medkd_fast.training.module import CHECKPOINT_KEY, GRADIENT_CLIP, RecordedTeacher, SegmentationModule
+from medkd_fast.training.networks import Survey, build_network, check_network
 from medkd_fast.training.progress import progress_callback
-from medkd_fast.training.sampling import Blocks, train_loader
+from medkd_fast.training.teacher_cache import record_teacher
 
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run's numbers besides the data and the machine.
-
-    An epoch is `steps` optimiser steps of `batch_size` slices. losses: {distillation loss: weight}, empty without teacher.
-    teacher: path of its checkpoint. patience: epochs without a better held-out Dice before training stops.
-    """
-
-    widths: tuple[int, ...]
-    epochs: int
-    seed: int = 0
-    steps: int = 50
-    batch_size: int = 4
-    learning_rate: float = 1e-2
-    patience: int | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    teacher: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise WrongUse(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.patience is not None and self.patience < 1:
-            raise WrongUse(f"patience must be >= 1 epoch, got {self.patience}; leave it out to train to the end")
-        if bool(self.losses) != bool(self.teacher):
-            raise WrongUse("distillation losses need a teacher's checkpoint, and a teacher needs a loss: give both")
-
-    def echo(self) -> dict[str, Any]:
-        """What goes into config.json; the teacher by its contents too, so that another teacher is another run."""
-        values = asdict(self) | {"widths": list(self.widths)}
-        if self.teacher:
-            check_is_file(Path(self.teacher))
-            values["teacher_sha256"] = sha256(Path(self.teacher))
-        return values
+LARGEST_PATCH = {2: 256, 3: 96}  # along an axis, where nobody asked for another
+PATCH_MULTIPLE = 16  # what U-Nets of five levels take
+# what may differ when a run goes on: the teacher counts by its contents, the others do not change what is computed
+_MAY_DIFFER = {"teacher", "workers", "strategy", "accelerator", "compile"}
 
 
 @dataclass(frozen=True)
@@ -78,97 +62,323 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.json"
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     @property
     def last(self) -> Path:
-        return self.path / "checkpoints" / "last.ckpt"
+        return self.checkpoints / LAST
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / BEST
 
     @property
     def finished(self) -> Path:
         return self.path / "finished.json"
 
 
-def fit(config: RunConfig, out: Path, slices: Slices, split: Split, *, resume: bool = False) -> nn.Module:
-    """Train as `config` says into the folder `out` and return the network with its last weights.
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and what it needs to be used: in eval mode, on the CPU.
 
-    resume: go on from the folder's last checkpoint (from the start where there is none yet). On a CPU with the same
+    config: with every choice made. classes: {1..K: name}. name: of the run's folder, or of the checkpoint. epochs: trained.
+    """
+
+    network: nn.Module
+    config: RunConfig
+    classes: dict[int, str]
+    channels: tuple[str, ...]
+    split: Split
+    ignore_label: int | None
+    name: str
+    checkpoint: Path
+    epochs: int
+
+    @property
+    def num_classes(self) -> int:
+        """With the background."""
+        return len(self.classes) + 1
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        assert isinstance(self.config.preprocessing, Preprocessing)
+        return self.config.preprocessing
+
+    @property
+    def dims(self) -> int:
+        return self.preprocessing.dims
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        assert self.config.patch is not None
+        return self.config.patch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with every choice made, before any training: `config` says them; volumes are those of train and validation."""
+
+    config: RunConfig
+    dataset: Dataset
+    split: Split
+    volumes: Mapping[str, Volume]
+    network: nn.Module
+    teacher: Trained | None
+    surveys: tuple[Survey, ...]
+
+    @property
+    def dims(self) -> int:
+        assert isinstance(self.config.preprocessing, Preprocessing)
+        return self.config.preprocessing.dims
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.dataset.classes) + 1
+
+    def loader(
+        self, *, rank: int = 0, world_size: int = 1, teacher_logits: Mapping[str, Any] | None = None
+    ) -> DataLoader:
+        """The batches of an epoch of one process."""
+        assert self.config.patch is not None
+        return train_loader(
+            self.volumes,
+            self.split.train,
+            dims=self.dims,
+            patch=self.config.patch,
+            batch_size=self.config.batch_size,
+            steps=self.config.steps,
+            seed=self.config.seed,
+            num_classes=self.num_classes,
+            ignore_label=self.dataset.ignore_label,
+            rank=rank,
+            world_size=world_size,
+            workers=self.config.workers,
+            maps=teacher_logits,
+        )
+
+
+def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
+    """Train as `config` says into the folder `out` and return it.
+
+    resume: go on from the folder's last good checkpoint (from the start where there is none yet). On a CPU with the same
     number of threads the result has the same bits as a run that was never interrupted.
 
-    Raises WrongUse where the folder holds a run already (without `resume`) or a run of another configuration.
+    Raises WrongUse where the folder holds a run already (without `resume`) or a run of another configuration, where it cannot
+    be written, and for what the data, the networks and the losses do not allow. Raises KeyboardInterrupt after Ctrl-C.
     """
-    folder = RunFolder(out)
-    prepare(config, folder, resume=resume)
-    if folder.finished.exists():
-        return load_network(folder.last)
-    module = build_module(config)
-    trainer = _trainer(config, folder)
-    loader = train_loader(slices, split.train, batch_size=config.batch_size, steps=config.steps, seed=config.seed)
-    held_out = DataLoader(Blocks(slices, split.held_out), batch_size=config.batch_size)
-    with warnings.catch_warnings():
-        # the data are in memory: worker processes would only cost
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # Lightning 2.6 with torch 2.13: about a class that Lightning uses inside
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-        # resuming adds to the folder on purpose
-        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-        checkpoint = str(folder.last) if resume and folder.last.exists() else None
-        trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    write_json(folder.finished, {"epochs": trainer.current_epoch, "steps": trainer.global_step})
-    return module.network.cpu().eval()
+    folder, first = RunFolder(out), rank_zero_only.rank == 0  # the other processes leave the folder to the first
+    if first:
+        check_folder(folder, resume=resume)
+    run = plan_run(config)
+    if first:
+        write_folder(run, folder)
+    if folder.finished.exists() and resume:
+        return out
+    found = newest_good(folder.checkpoints) if resume else None
+    module = build_module(run)
+    module.compile_network(run.config.compile)
+    data = Batches(run)
+    with _quiet(), _ctrl_c():
+        checkpoints = KeptCheckpoints(last_is_damaged=found is not None and found[0] != folder.last)
+        try:
+            trainer = _trainer(run, folder, checkpoints)
+        except (MisconfigurationException, ImportError, ValueError) as error:
+            raise WrongUse(f"this machine cannot train like that: {' '.join(str(error).split())}") from error
+        trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
+    if trainer.is_global_zero:
+        write_json(folder.finished, {"epochs": trainer.current_epoch, "steps": trainer.global_step})
+    return out
 
 
-def build_module(config: RunConfig) -> SegmentationModule:
-    """The untrained module of a configuration, with its teacher and distillation terms where it has them."""
-    distillation = teacher = None
-    if config.teacher:
-        teacher_network, teacher_widths = _read_checkpoint(Path(config.teacher))
-        teacher = Teacher(teacher_network)
-        distillation = Distillation(
-            config.losses, student_widths=config.widths, teacher_widths=teacher_widths, seed=config.seed
+def plan_run(config: RunConfig) -> Plan:
+    """Make every choice that a configuration leaves open: from the teacher, then from the data. Prepares the volumes."""
+    teacher = load_run(Path(config.teacher)) if config.teacher else None
+    layout = config.layout
+    dataset = open_dataset(config.data, layout)
+    preprocessing = plan(dataset, _asked(config.preprocessing, dataset, teacher))
+    split = _split(config, dataset, teacher)
+    volumes = prepare(dataset, preprocessing, [*split.train, *split.validation])
+    if config.patience and not split.validation:
+        raise WrongUse("patience needs validation cases, and this split has none: give --fractions such as 0.7,0.1,0.2")
+    if config.patch is not None and len(config.patch) != preprocessing.dims:
+        raise WrongUse(f"patch must be {preprocessing.dims} sizes for dims {preprocessing.dims}, got {config.patch}")
+    inherited = teacher.patch if teacher and teacher.dims == preprocessing.dims else None
+    patch = config.patch or inherited or default_patch(list(volumes.values()), preprocessing.dims)
+    shape = (min(config.batch_size, 2), len(dataset.channels), *patch)
+    num_classes = len(dataset.classes) + 1
+    network = build_network(
+        config.network,
+        config.network_args,
+        dims=preprocessing.dims,
+        in_channels=shape[1],
+        num_classes=num_classes,
+        patch=patch,
+        seed=config.seed,
+    )
+    surveys = [check_network(network, config.network, shape, num_classes)]
+    changes: dict[str, Any] = {"preprocessing": preprocessing, "patch": patch}
+    if teacher:
+        check_teacher(teacher, dataset, preprocessing)
+        surveys.append(check_network(teacher.network, teacher.config.network, shape, num_classes, training=False))
+        changes |= {"losses": resolve(config.losses, *surveys), "teacher_sha256": sha256(teacher.checkpoint)}
+    config = config.resolved(**changes)
+    if config.cache_teacher:
+        _check_cacheable(config)
+    return Plan(config, dataset, split, volumes, network, teacher, tuple(surveys))
+
+
+def build_module(run: Plan) -> SegmentationModule:
+    """The untrained module of a plan, with its teacher and distillation losses where it has them."""
+    config, model = run.config, run.network
+    if run.teacher:
+        model = make_distiller(
+            config.losses,
+            student=run.network,
+            teacher=RecordedTeacher() if config.cache_teacher else run.teacher.network,
+            surveys=(run.surveys[0], run.surveys[1]),
+            ignore_index=run.dataset.ignore_label,
+            seed=config.seed,
         )
+    assert config.patch is not None
     return SegmentationModule(
-        build_network(config.widths, seed=config.seed),
+        model,
         total_steps=config.epochs * config.steps,
         learning_rate=config.learning_rate,
-        distillation=distillation,
-        teacher=teacher,
-        description={"widths": list(config.widths)},
+        num_classes=run.num_classes,
+        dims=run.dims,
+        patch=config.patch,
+        ignore_label=run.dataset.ignore_label,
+        volumes=[run.volumes[name] for name in run.split.validation],
+        seed=config.seed,
+        description={
+            "config": config.to_dict(),
+            "classes": dict(run.dataset.classes),
+            "channels": list(run.dataset.channels),
+            "split": {k: list(v) for k, v in asdict(run.split).items()},
+            "ignore_label": run.dataset.ignore_label,
+        },
     )
 
 
-def prepare(config: RunConfig, folder: RunFolder, *, resume: bool) -> None:
-    """Write config.json and versions.json, or check that the folder's run is the one asked for."""
-    asked = config.echo()
+def load_run(path: Path) -> Trained:
+    """The network of a run's folder (its last good checkpoint) or of a checkpoint.
+
+    Raises WrongUse where there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = newest_good(RunFolder(path).checkpoints)
+        if found is None:
+            raise WrongUse(f"no checkpoint in {path}: give the folder of a run, such as runs/teacher, or a checkpoint")
+        checkpoint, content = found
+    elif path.is_file():
+        try:
+            checkpoint, content = path, read_checkpoint(path)
+        except Exception as error:
+            raise WrongUse(f"{path} is no checkpoint, or a damaged one ({type(error).__name__})") from error
+    else:
+        raise WrongUse(f"no run at {path}: give the folder of a run, such as runs/teacher, or a checkpoint")
+    try:
+        about = content[CHECKPOINT_KEY]
+        config = RunConfig.from_dict(about["config"])
+        preprocessing = Preprocessing.from_dict(config.preprocessing)
+        weights = _network_weights(content["state_dict"])
+    except (KeyError, TypeError) as error:
+        raise WrongUse(f"{checkpoint} is no checkpoint of medkd-fast train or distill (it lacks {error})") from error
+    classes = {int(c): name for c, name in about["classes"].items()}
+    network = build_network(
+        config.network,
+        config.network_args,
+        dims=preprocessing.dims,
+        in_channels=len(about["channels"]),
+        num_classes=len(classes) + 1,
+        patch=config.patch,
+        seed=0,
+    )
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise WrongUse(
+            f"{checkpoint} does not fit {config.network}, whose code has changed: {str(error).splitlines()[0]}"
+        ) from error
+    return Trained(
+        network=network.eval(),
+        config=config.resolved(preprocessing=preprocessing),
+        classes=classes,
+        channels=tuple(about["channels"]),
+        split=Split(**{k: tuple(v) for k, v in about["split"].items()}),
+        ignore_label=about["ignore_label"],
+        name=path.name if path.is_dir() else path.stem,
+        checkpoint=checkpoint,
+        epochs=content["epoch"] + 1,
+    )
+
+
+def check_folder(folder: RunFolder, *, resume: bool) -> None:
+    """Raises WrongUse where a folder holds a run (without `resume`), something else, or cannot be written."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        probe = folder.path / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise WrongUse(f"{folder.path} cannot be written ({error.strerror}): choose another --out") from error
     if folder.config.exists():
         if not resume:
             raise WrongUse(f"{folder.path} holds a run already: add --resume to go on with it, or choose another --out")
-        there = read_json(folder.config)
-        # the teacher counts by its contents, not by its path
-        keys = sorted((asked.keys() | there.keys()) - {"teacher"})
-        changed = [f"{k} is {there.get(k)}, asked for {asked.get(k)}" for k in keys if there.get(k) != asked.get(k)]
+    elif any(not p.name.startswith(".") for p in folder.path.iterdir()):
+        raise WrongUse(f"{folder.path} is not empty and holds no run: choose another --out")
+
+
+def write_folder(run: Plan, folder: RunFolder) -> None:
+    """config.yaml, split.json and versions.json; or a check that the folder's run is the one asked for."""
+    asked = run.config.to_dict()
+    if folder.config.exists():
+        there = RunConfig.from_dict(read_yaml(folder.config)).to_dict()
+        changed = [
+            f"{k} is {there[k]}, asked for {v}" for k, v in asked.items() if k not in _MAY_DIFFER and there[k] != v
+        ]
         if changed:
             raise WrongUse(
                 f"{folder.path} holds a run of another configuration ({'; '.join(changed)}): "
                 "choose another --out or delete the folder"
             )
-    elif folder.path.exists() and any(not p.name.startswith(".") for p in folder.path.iterdir()):
-        raise WrongUse(f"{folder.path} is not empty and holds no run: choose another --out")
-    write_json(folder.config, asked)
-    write_json(folder.path / "versions.json", versions())
+        split = read_json(folder.path / "split.json")
+        if split != {k: list(v) for k, v in asdict(run.split).items()}:
+            raise WrongUse(f"{run.config.data} has other cases than the run in {folder.path}: choose another --out")
+    try:
+        write_json(folder.path / "split.json", asdict(run.split))
+        write_json(folder.path / "versions.json", versions())
+        write_yaml(folder.config, run.config)  # last: with it, the folder holds a run
+    except OSError as error:
+        raise WrongUse(
+            f"{folder.path} cannot be written ({error.strerror}): make room or choose another --out"
+        ) from error
 
 
-def load_network(checkpoint: Path) -> nn.Module:
-    """The network of a checkpoint that `fit` wrote, in eval mode on the CPU. Raises WrongUse where it is none."""
-    return _read_checkpoint(checkpoint)[0]
+def check_teacher(teacher: Trained, dataset: Dataset, preprocessing: Preprocessing) -> None:
+    """Raises WrongUse for a teacher that cannot teach on this data."""
+    for what, of_teacher, of_data in (
+        ("classes", list(teacher.classes.values()), list(dataset.classes.values())),
+        ("channels", list(teacher.channels), list(dataset.channels)),
+        ("dims", [teacher.dims], [preprocessing.dims]),
+    ):
+        if len(of_teacher) != len(of_data) or what == "dims" and of_teacher != of_data:
+            raise WrongUse(
+                f"the teacher {teacher.checkpoint} has {what} {', '.join(map(str, of_teacher))}, the student's data "
+                f"{', '.join(map(str, of_data))}: they must agree"
+            )
 
 
-def check_is_file(checkpoint: Path) -> None:
-    """Raises WrongUse where there is no file."""
-    if not checkpoint.is_file():
-        raise WrongUse(f"no checkpoint at {checkpoint}: give a file such as runs/teacher/checkpoints/last.ckpt")
+def default_patch(volumes: Sequence[Volume], dims: int) -> tuple[int, ...]:
+    """The median size of the volumes, up to a multiple of 16, and at most 256² (2-D) or 96³."""
+    sizes = zip(*(v.image.shape[-dims:] for v in volumes), strict=True)
+    median = [statistics.median_high(size) for size in sizes]
+    return tuple(min(LARGEST_PATCH[dims], math.ceil(n / PATCH_MULTIPLE) * PATCH_MULTIPLE) for n in median)
 
 
 def versions() -> dict[str, str]:
@@ -185,6 +395,35 @@ def versions() -> dict[str, str]:
     }
 
 
+class Batches(pl.LightningDataModule):
+    """A plan's loaders, made when it is known which process this is."""
+
+    def __init__(self, run: Plan) -> None:
+        super().__init__()
+        self.run = run
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        logits = None
+        if self.run.config.cache_teacher:
+            assert self.run.teacher is not None
+            logits = record_teacher(
+                self.run.teacher,
+                {name: self.run.volumes[name] for name in self.run.split.train},
+                patch=self.run.config.patch,
+                device=self.trainer.strategy.root_device,
+            )
+        return self.run.loader(rank=self.trainer.global_rank, world_size=self.trainer.world_size, teacher_logits=logits)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Numbers of the volumes that this process validates on; as many in every process, so that none waits for another."""
+        assert self.trainer is not None
+        rank, world_size, count = self.trainer.global_rank, self.trainer.world_size, len(self.run.split.validation)
+        if not count:
+            return []
+        return DataLoader([(rank + i * world_size) % count for i in range(-(-count // world_size))])
+
+
 class Patience(EarlyStopping):
     """EarlyStopping that, resumed from the checkpoint of the epoch that exhausted it, stops before another epoch."""
 
@@ -193,22 +432,67 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
-def _trainer(config: RunConfig, folder: RunFolder) -> pl.Trainer:
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # "GPU available: False, ..."
+def _asked(given: Preprocessing | Mapping[str, Any], dataset: Dataset, teacher: Trained | None) -> Preprocessing:
+    """What was asked for; for the rest the teacher's choices (a student sees what it saw), else the data set's."""
+    if isinstance(given, Preprocessing):
+        return given
+    rest = (teacher.preprocessing if teacher else dataset.defaults).to_dict()
+    if given.get("spacing") is not None and given.get("size") is None:
+        rest["size"] = None  # which would win over the spacing
+    if given.get("size") is not None and given.get("spacing") is None:
+        rest["spacing"] = None
+    if given.get("dims") not in (None, rest["dims"]):
+        rest["spacing"] = None  # chosen for the other
+    return Preprocessing.from_dict({**rest, **given})
+
+
+def _split(config: RunConfig, dataset: Dataset, teacher: Trained | None) -> Split:
+    """The teacher's split where it was trained on these cases: what tests the student must not have taught the teacher."""
+    if teacher:
+        split = teacher.split
+        if {*split.train, *split.validation, *split.test} == {c.name for c in dataset.labelled}:
+            return split
+    return split_by_patient(dataset, seed=config.split_seed, fractions=config.fractions)
+
+
+def _check_cacheable(config: RunConfig) -> None:
+    for term in config.losses:
+        if term.teacher:
+            raise WrongUse(
+                f"cache_teacher keeps the teacher's logits alone, and {term.name} compares its layers "
+                f"({', '.join(term.teacher)}): leave one of the two out"
+            )
+
+
+def _network_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The network's part of a module's state: the student's, where there is one."""
+    prefix = "model.student." if any(k.startswith("model.student.") for k in state) else "model."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _trainer(run: Plan, folder: RunFolder, checkpoints: KeptCheckpoints) -> pl.Trainer:
+    config = run.config
     # saved after the validation: resuming starts at an epoch's first batch. Two callbacks, because Lightning's save_last
     # saves only when the best changes.
-    where = {"dirpath": folder.last.parent, "save_on_train_epoch_end": True, "enable_version_counter": False}
+    where = {"dirpath": folder.checkpoints, "save_on_train_epoch_end": True, "enable_version_counter": False}
     callbacks: list[Callback] = [
-        ModelCheckpoint(filename="best", monitor="val_dice", mode="max", **where),
         ModelCheckpoint(filename=folder.last.stem, **where),
         progress_callback(folder.path.name),
     ]
+    if run.split.validation:
+        callbacks.insert(0, ModelCheckpoint(filename=folder.best.stem, monitor="val_dice", mode="max", **where))
     if config.patience:
         callbacks.append(Patience(monitor="val_dice", mode="max", patience=config.patience))
     attempts = len(list((folder.path / "logs").glob("version_*")))
     return pl.Trainer(
         default_root_dir=folder.path,
         max_epochs=config.epochs,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=PRECISIONS[config.precision],
+        plugins=[checkpoints],
         callbacks=callbacks,
         logger=[
             CSVLogger(folder.path, name="logs", version=attempts),
@@ -218,21 +502,40 @@ def _trainer(config: RunConfig, folder: RunFolder) -> pl.Trainer:
         gradient_clip_val=GRADIENT_CLIP,
         num_sanity_val_steps=0,
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-        use_distributed_sampler=False,  # the sampler's order is part of the run
+        use_distributed_sampler=False,  # the draws know which process they are for
         enable_model_summary=False,
     )
 
 
-def _read_checkpoint(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
-    check_is_file(path)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's lines that tell a user nothing."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # "GPU available: False, ..."
+    with warnings.catch_warnings():
+        # how many workers are worth their cost is the user's choice
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning 2.6 with torch 2.13: about a class that Lightning uses inside
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        # resuming adds to the folder on purpose
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        # torch 2.13, and what it names instead is private
+        warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.*deprecated")
+        # volumes are mapped copy-on-write
+        warnings.filterwarnings("ignore", message=".*given NumPy array is not writable.*")
+        yield
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Lightning ends the process after Ctrl-C, with exit code 1 and deaf to a second one: here it stays a KeyboardInterrupt."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        widths = tuple(checkpoint[CHECKPOINT_KEY]["widths"])
-    except Exception as error:
-        raise WrongUse(f"{path} is no checkpoint of medkd-fast train or distill ({type(error).__name__})") from error
-    network = build_network(widths, seed=0)
-    prefix = "network."
-    network.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    )
-    return network.eval(), widths
+        yield
+    except SystemExit:
+        if isinstance(sys.exc_info()[1].__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)

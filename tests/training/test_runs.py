@@ -1,31 +1,30 @@
-"""A tiny run end to end: it learns, it is the same again, a killed one goes on bit for bit, the teacher stays out."""
+"""Tiny runs end to end: they learn, they are the same again, a killed one goes on bit for bit, faults lose nothing."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from medkd_fast.training.checkpoints import KeptCheckpoints, newest_good
+from medkd_fast.training.config import RunConfig, read_yaml
+from medkd_fast.training.data.dataset import open_dataset
+from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.finish import held_out_scores, predict
-from medkd_fast.training.networks import build_network
+from medkd_fast.training.evaluate import evaluate
+from medkd_fast.training.networks import build_network, parameter_count
 from medkd_fast.training.pictures import read_curve
-from medkd_fast.training.runs import RunConfig, RunFolder, build_module, fit, load_network
-
-ALL_LOSSES = {"cpkd": 1.0, "dmd": 0.3, "kd": 0.1, "dkd": 0.1}
-
-
-@pytest.fixture
-def teacher(tmp_path, config, slices, split) -> Path:
-    """Checkpoint of a briefly trained teacher of other widths."""
-    fit(replace(config, widths=(8, 8, 8, 16, 16, 8), epochs=1), tmp_path / "teacher", slices, split)
-    return RunFolder(tmp_path / "teacher").last
+from medkd_fast.training.runs import RunFolder, default_patch, fit, load_run, plan_run
+from medkd_fast.training.teacher_cache import record_teacher
 
 
 def state(checkpoint: Path) -> dict:
@@ -54,32 +53,65 @@ def assert_same_training(a: Path, b: Path) -> None:
         assert_same_bits(a[key], b[key], key)
 
 
-def test_a_run_learns_and_its_folder_tells_about_it(tmp_path, config, slices, split):
-    config = replace(config, epochs=5, steps=30, learning_rate=0.02)
-    untrained = held_out_scores(build_network(config.widths, seed=config.seed), slices, split).mean.dice
-    network = fit(config, tmp_path / "run", slices, split)
-    scores = held_out_scores(network, slices, split)
-    assert untrained < 0.2 and scores.mean.dice > 0.9
-    found = scores.summaries
-    assert found[5].n_valid == 2 and found[2] == pytest.approx((float("nan"),) * 3 + (0, 0, 0), nan_ok=True)
-    steps, losses = read_curve(tmp_path / "run", "task")
-    assert losses[-1] < 0.6 * losses[0] and steps[-1] == 149
-    # Lightning's validation counts as the report does
-    assert read_curve(tmp_path / "run", "val_dice")[1][-1] == pytest.approx(scores.mean.dice, abs=1e-6)
+def test_a_run_learns_and_its_folder_tells_about_it(tmp_path, config):
+    folder = RunFolder(fit(config.resolved(epochs=5, steps=20), tmp_path / "run"))
+    trained, dataset = load_run(folder.path), open_dataset(config.data)
+    volumes = prepare(dataset, trained.preprocessing, trained.split.validation)
+    scores = evaluate(trained.network, dataset, volumes, patch=trained.patch)
+    untrained = plan_run(config).network
+    assert evaluate(untrained, dataset, volumes, patch=trained.patch).mean.dice < 0.3
+    assert scores.mean.dice > 0.7
+    steps, losses = read_curve(folder.path, "task")
+    assert losses[-1] < 0.6 * losses[0] and steps[-1] == 99
+    # the curve counts as the evaluation does; the two slide their windows in other steps, of which there is one here
+    assert read_curve(folder.path, "val_dice")[1][-1] == pytest.approx(scores.mean.dice, abs=1e-6)
 
-    folder = tmp_path / "run"
-    assert json.loads((folder / "config.json").read_text())["widths"] == list(config.widths)
-    assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
-    assert json.loads((folder / "finished.json").read_text()) == {"epochs": 5, "steps": 150}
-    assert (folder / "checkpoints" / "best.ckpt").is_file() and list((folder / "tensorboard").glob("events*"))
-    loaded = load_network(RunFolder(folder).last)
-    assert torch.equal(predict(loaded, slices, [0, 9]), predict(network, slices, [0, 9]))
+    there = read_yaml(folder.config)
+    assert there["epochs"] == 5 and there["patch"] == [32, 32] and there["preprocessing"]["intensity"] == ["none"]
+    assert RunConfig.from_dict(there) == RunConfig.from_dict(trained.config.to_dict())
+    assert json.loads((folder.path / "split.json").read_text())["validation"] == ["case3"]
+    assert json.loads((folder.path / "versions.json").read_text())["torch"] == torch.__version__
+    assert json.loads(folder.finished.read_text()) == {"epochs": 5, "steps": 100}
+    assert folder.best.is_file() and list((folder.path / "tensorboard").glob("events*"))
+    assert (trained.name, trained.epochs, trained.dims, trained.patch) == ("run", 5, 2, (32, 32))
+    assert trained.classes == {1: "spleen", 2: "gallbladder", 3: "liver", 4: "aorta"} and len(trained.channels) == 1
+    assert not trained.network.training
 
 
-def test_the_same_configuration_gives_the_same_bits_and_another_seed_does_not(tmp_path, config, slices, split):
-    config = replace(config, epochs=1)
-    for name, c in {"a": config, "b": config, "c": replace(config, seed=4)}.items():
-        fit(c, tmp_path / name, slices, split)
+def test_three_dimensions_and_another_architecture(tmp_path, config):
+    """A 3-D teacher, and a student of another architecture with deep supervision."""
+    wide = config.resolved(
+        preprocessing={"dims": 3, "intensity": ["none"]},
+        patch=(16, 16, 16),
+        network="UNet",
+        network_args={"channels": [4, 8, 8], "strides": [2, 2]},
+        epochs=1,
+        steps=2,
+        batch_size=2,
+    )
+    teacher = fit(wide, tmp_path / "teacher")
+    # 3-D, its patch and its intensities come from the teacher
+    thin = config.resolved(
+        preprocessing={},
+        network="SegResNetDS",
+        network_args={"init_filters": 8, "blocks_down": [1, 1, 1], "dsdepth": 2},
+        losses=("cpkd", "dmd", "kd"),
+        teacher=str(teacher),
+        epochs=1,
+        steps=2,
+        batch_size=2,
+    )
+    student = load_run(fit(thin, tmp_path / "student"))
+    assert student.patch == (16, 16, 16) and student.dims == 3 and student.preprocessing.intensity == ("none",)
+    losses = {t.name: t for t in student.config.losses}
+    assert losses["cpkd"].student == ("up_layers.0.blocks",) and losses["cpkd"].teacher == ("model.1.submodule.2",)
+    assert student.network(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 5, 16, 16, 16)
+
+
+def test_the_same_configuration_gives_the_same_bits_and_another_seed_does_not(tmp_path, config):
+    config = config.resolved(epochs=1)
+    for name, c in {"a": config, "b": config.resolved(workers=1), "c": config.resolved(seed=4)}.items():
+        fit(c, tmp_path / name)
     a, b, c = (RunFolder(tmp_path / name).last for name in "abc")
     assert_same_training(a, b)
     with pytest.raises(AssertionError):
@@ -87,152 +119,265 @@ def test_the_same_configuration_gives_the_same_bits_and_another_seed_does_not(tm
 
 
 KILLED_RUN = """
-import json, os, signal, sys
-sys.path.insert(0, {tests!r})
+import json, os, signal
 from pathlib import Path
-from conftest import small_slices
-from medkd_fast.training.data import hold_out
+from medkd_fast.training.config import RunConfig
 from medkd_fast.training.module import SegmentationModule
-from medkd_fast.training.runs import RunConfig, fit
+from medkd_fast.training.runs import fit
 import torch
 torch.set_num_threads({threads})
 train, calls = SegmentationModule.training_step, []
 def training_step(self, *arguments):
     calls.append(0)
     if len(calls) == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{signal})
     return train(self, *arguments)
 SegmentationModule.training_step = training_step
-slices = small_slices()
-values = json.loads({config!r})
-fit(RunConfig(**values), Path({out!r}), slices, hold_out(len(slices)))
+try:
+    fit(RunConfig.from_dict(json.loads({config!r})), Path({out!r}))
+except KeyboardInterrupt:
+    raise SystemExit(130)
 """
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, config, slices, split, teacher):
-    # all losses, for the projectors' and the adapter's parameters and their optimiser state
-    config = replace(config, losses=ALL_LOSSES, teacher=str(teacher))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    fit(config, whole, slices, split)
+def killed(config: RunConfig, out: Path, *, step: int, by: str) -> int:
+    """A run in a process of its own that gets a signal in the middle of a step; its exit code."""
     script = KILLED_RUN.format(
-        tests=str(Path(__file__).parent),
-        threads=torch.get_num_threads(),
-        step=2 * config.steps + 3,  # in the third of four epochs
-        config=json.dumps({**vars(config), "widths": list(config.widths)}),
-        out=str(killed),
+        threads=torch.get_num_threads(), step=step, signal=by, config=json.dumps(config.to_dict()), out=str(out)
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert state(RunFolder(killed).last)["epoch"] == 1 and not RunFolder(killed).finished.exists()
-    fit(config, killed, slices, split, resume=True)
-    assert_same_training(RunFolder(whole).last, RunFolder(killed).last)
-    assert_same_training(RunFolder(whole).last.with_name("best.ckpt"), RunFolder(killed).last.with_name("best.ckpt"))
-    assert read_curve(whole, "val_dice") == read_curve(killed, "val_dice")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
 
 
-def test_resuming_a_finished_run_trains_no_further(tmp_path, config, slices, split):
-    config = replace(config, epochs=1)
-    first = fit(config, tmp_path / "run", slices, split)
-    before = RunFolder(tmp_path / "run").last.read_bytes()
-    second = fit(config, tmp_path / "run", slices, split, resume=True)
-    assert_same_bits(first.state_dict(), second.state_dict())
-    assert RunFolder(tmp_path / "run").last.read_bytes() == before
+@pytest.fixture(scope="module")
+def helped(config, teacher) -> RunConfig:
+    """A student with losses that train projectors and an adapter along, and with dropout, which draws random numbers."""
+    arguments = {**config.network_args, "dropout": 0.2}
+    return config.resolved(network_args=arguments, losses=("cpkd", "dmd", "fitnet", "dkd"), teacher=str(teacher))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, helped) -> Path:
+    """The student, trained without an interruption."""
+    return fit(helped, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGINT"])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, helped, whole, by):
+    out = tmp_path / "run"
+    code = killed(helped, out, step=2 * helped.steps + 3, by=by)  # in the third of four epochs
+    assert code == (-signal.SIGKILL if by == "SIGKILL" else 130)
+    assert state(RunFolder(out).last)["epoch"] == 1 and not RunFolder(out).finished.exists()
+    fit(helped, out, resume=True)
+    assert_same_training(RunFolder(whole).last, RunFolder(out).last)
+    assert_same_training(RunFolder(whole).best, RunFolder(out).best)
+    assert read_curve(whole, "val_dice") == read_curve(out, "val_dice")
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, helped, whole, capfd):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    folder = RunFolder(out)
+    folder.finished.unlink()
+    damaged = bytearray(folder.last.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF  # one byte of a weight or of the optimiser's state
+    folder.last.write_bytes(damaged)
+    assert load_run(out).epochs == helped.epochs - 1
+    assert "last.ckpt is damaged" in capfd.readouterr().err
+    fit(helped, out, resume=True)
+    assert "taking previous.ckpt" in capfd.readouterr().err
+    assert_same_training(RunFolder(whole).last, folder.last)
+    # the damaged one did not become the one before the last
+    assert state(folder.checkpoints / "previous.ckpt")["epoch"] == helped.epochs - 2
+
+    folder.finished.unlink()
+    for path in folder.checkpoints.glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(WrongUse, match="all checkpoints in .* are damaged"):
+        fit(helped, out, resume=True)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    kept = KeptCheckpoints()
+    kept.save_checkpoint({"epoch": 0}, path)
+    kept.save_checkpoint({"epoch": 1}, path)
+    assert (state(path)["epoch"], state(tmp_path / "previous.ckpt")["epoch"]) == (1, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or the kernel would end the process
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(
+            WrongUse, match=r"last.ckpt cannot be written \(File too large\); the one before it is whole"
+        ):
+            kept.save_checkpoint({"weights": torch.rand(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (state(path)["epoch"], state(tmp_path / "previous.ckpt")["epoch"]) == (1, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_killed_between_the_two_moves_of_a_checkpoint(tmp_path):
+    kept = KeptCheckpoints()
+    kept.save_checkpoint({"epoch": 0}, tmp_path / "last.ckpt")
+    os.replace(tmp_path / "last.ckpt", tmp_path / "previous.ckpt")
+    path, content = newest_good(tmp_path)
+    assert (path.name, content["epoch"]) == ("previous.ckpt", 0)
+    assert newest_good(tmp_path / "nothing") is None
+
+
+def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on(tmp_path, config, monkeypatch):
+    config, out = config.resolved(epochs=3), tmp_path / "run"
+    write, full = KeptCheckpoints.save_checkpoint, []
+
+    def save(self, checkpoint, path, storage_options=None):
+        full.append(0)
+        limit = 20_000 if len(full) > 2 else -1  # best and last of the first epoch fit
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+        try:
+            write(self, checkpoint, path, storage_options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+
+    monkeypatch.setattr(KeptCheckpoints, "save_checkpoint", save)
+    with pytest.raises(WrongUse, match="cannot be written .*go on with --resume"):
+        fit(config, out)
+    assert state(RunFolder(out).last)["epoch"] == 0
+    monkeypatch.undo()
+    fit(config, out, resume=True)
+    fit(config, tmp_path / "whole")
+    assert_same_training(RunFolder(tmp_path / "whole").last, RunFolder(out).last)
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path, config, teacher):
+    out = tmp_path / "teacher"
+    shutil.copytree(teacher, out)
+    config, folder = load_run(out).config, RunFolder(out)
+    before = folder.last.read_bytes()
+    fit(config, out, resume=True)
+    assert folder.last.read_bytes() == before
     # killed between the last checkpoint and the note that it is the last
-    RunFolder(tmp_path / "run").finished.unlink()
-    third = fit(config, tmp_path / "run", slices, split, resume=True)
-    assert_same_bits(first.state_dict(), third.state_dict())
+    folder.finished.unlink()
+    fit(config, out, resume=True)
+    assert_same_training(RunFolder(teacher).last, folder.last)
+    assert folder.finished.is_file()
 
 
-def test_patience_stops_early(tmp_path, config, slices, split):
+def test_patience_stops_early(tmp_path, config):
     # a learning rate of 0: no epoch is better than the first
-    config, folder = replace(config, epochs=9, learning_rate=0.0, patience=2), RunFolder(tmp_path / "run")
-    fit(config, folder.path, slices, split)
-    assert json.loads(folder.finished.read_text()) == {"epochs": 3, "steps": 3 * config.steps}
+    config, folder = config.resolved(epochs=9, steps=1, learning_rate=0.0, patience=2), RunFolder(tmp_path / "run")
+    fit(config, folder.path)
+    assert json.loads(folder.finished.read_text()) == {"epochs": 3, "steps": 3}
     # killed right after its last epoch: resuming does not add one
     folder.finished.unlink()
-    fit(config, folder.path, slices, split, resume=True)
-    assert state(folder.last)["global_step"] == 3 * config.steps
+    fit(config, folder.path, resume=True)
+    assert state(folder.last)["global_step"] == 3
 
 
-def test_the_teacher_helps_unchanged_and_stays_out_of_the_checkpoint(tmp_path, config, slices, split, teacher):
-    config = replace(config, losses=ALL_LOSSES, teacher=str(teacher))
-    module = build_module(config)
-    before = {k: v.clone() for k, v in module.teacher.network.state_dict().items()}
-    module.train()
-    batch = slices.pick([0, 12])
-    module.losses(batch)[0].backward()
-    assert not module.teacher.network.training
-    assert all(p.grad is None and not p.requires_grad for p in module.teacher.network.parameters())
-    assert_same_bits(before, module.teacher.network.state_dict())
-    # a network in training mode would give other features; the module's own modes do not reach the teacher
-    reference = load_network(teacher)
-    assert torch.equal(module.teacher(batch[0])[0], reference(batch[0]))
-
-    teacher_bytes = teacher.read_bytes()
-    fit(config, tmp_path / "student", slices, split)
-    assert teacher.read_bytes() == teacher_bytes
-    keys = state(RunFolder(tmp_path / "student").last)["state_dict"]
-    assert {k.split(".")[0] for k in keys} == {"network", "distillation"}
-    network = [v for k, v in keys.items() if k.startswith("network.")]
-    assert sum(v.numel() for v in network) == sum(p.numel() for p in build_network(config.widths, seed=0).parameters())
-
-
-def test_the_loss_is_the_task_and_the_weighted_parts(slices, config, teacher):
-    weights = {"cpkd": 0.5, "dmd": 0.25}
-    module = build_module(replace(config, losses=weights, teacher=str(teacher)))
-    loss, parts = module.losses(slices.pick([0, 5]))
-    assert set(parts) == {"task", "cpkd/channel", "cpkd/pixel", "dmd/features", "dmd/logits"}
-    cpkd, dmd = module.distillation.losses["cpkd"], module.distillation.losses["dmd"]
-    expected = parts["task"]
-    expected += 0.5 * (cpkd.channel_weight * parts["cpkd/channel"] + cpkd.pixel_weight * parts["cpkd/pixel"])
-    expected += 0.25 * (dmd.feature_weight * parts["dmd/features"] + dmd.logit_weight * parts["dmd/logits"])
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # sums of float32 in another order
-    assert all(v.item() > 0 and not v.requires_grad for v in parts.values())
+def test_a_student_from_recorded_logits(tmp_path, config, teacher, cache):
+    config = config.resolved(losses=("kd", "dmd"), teacher=str(teacher), cache_teacher=True, epochs=1)
+    run = plan_run(config)
+    volumes = {name: run.volumes[name] for name in run.split.train}
+    logits = record_teacher(run.teacher, volumes, patch=run.config.patch)
+    volume = volumes["case0"]
+    with torch.no_grad():
+        direct = load_run(teacher).network(volume.image.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(logits["case0"].float(), direct, rtol=2**-8, atol=1e-3)  # bfloat16 has 8 bits
+    assert logits["case0"].dtype == torch.bfloat16
+    # without augmentation a batch's logits are those of its image
+    _, _, replayed = next(iter(run.loader(teacher_logits=logits)))
+    assert replayed.shape == (4, 5, 32, 32) and replayed.dtype == torch.float32
+    files = sorted((cache / "teachers").glob("*/logits.npy"))
+    times = [f.stat().st_mtime_ns for f in files]
+    fit(config, tmp_path / "run")
+    assert sorted((cache / "teachers").glob("*/logits.npy")) == files and [f.stat().st_mtime_ns for f in files] == times
+    assert read_curve(tmp_path / "run", "kd")[1][-1] > 0
+    with pytest.raises(
+        WrongUse, match=r"cache_teacher keeps the teacher's logits alone, and cpkd compares its layers \(upc"
+    ):
+        plan_run(config.resolved(losses=("kd", "cpkd")))
 
 
-def test_students_start_alike_whatever_helps_them(config, teacher):
-    alone = build_module(config).network.state_dict()
-    helped = build_module(replace(config, losses={"dmd": 1.0}, teacher=str(teacher))).network.state_dict()
-    assert_same_bits(alone, helped)
+def test_the_student_takes_the_teachers_split_and_preprocessing(tmp_path, config, teacher):
+    trained = load_run(teacher)
+    run = plan_run(config.resolved(losses=("kd",), teacher=str(teacher), preprocessing={}, split_seed=9))
+    assert run.split == trained.split and run.config.preprocessing == trained.preprocessing
 
 
-def test_folders_that_cannot_be_used(tmp_path, config, slices, split, teacher):
-    config = replace(config, epochs=1)
+def test_folders_that_cannot_be_used(tmp_path, config, teacher):
     out = tmp_path / "run"
-    fit(config, out, slices, split)
+    shutil.copytree(teacher, out)
+    config = load_run(out).config
     with pytest.raises(WrongUse, match="holds a run already: add --resume"):
-        fit(config, out, slices, split)
+        fit(config, out)
     with pytest.raises(WrongUse, match=r"another configuration \(epochs is 1, asked for 2; seed is 3, asked for 5\)"):
-        fit(replace(config, epochs=2, seed=5), out, slices, split, resume=True)
+        fit(config.resolved(epochs=2, seed=5), out, resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(WrongUse, match="not empty and holds no run"):
-        fit(config, tmp_path / "other", slices, split)
-    # another teacher under the same path is another run
-    distilled = replace(config, losses={"kd": 1.0}, teacher=str(teacher))
-    fit(distilled, tmp_path / "student", slices, split)
-    teacher.write_bytes(RunFolder(out).last.read_bytes())
+        fit(config, tmp_path / "other")
+    with pytest.raises(WrongUse, match=r"thesis.txt/run cannot be written \(Not a directory\): choose another --out"):
+        fit(config, tmp_path / "other" / "thesis.txt" / "run")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_another_teacher_under_the_same_name_is_another_run(tmp_path, config, teacher):
+    theirs = tmp_path / "teacher"
+    shutil.copytree(teacher, theirs)
+    config = config.resolved(losses=("kd",), teacher=str(theirs), epochs=1, steps=1)
+    fit(config, tmp_path / "student")
+    content = state(RunFolder(theirs).last)
+    content["state_dict"]["model.final_conv.bias"] += 1
+    torch.save(content, RunFolder(theirs).last)
     with pytest.raises(WrongUse, match="teacher_sha256 is"):
-        fit(distilled, tmp_path / "student", slices, split, resume=True)
+        fit(config, tmp_path / "student", resume=True)
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path):
-    with pytest.raises(WrongUse, match="no checkpoint at"):
-        load_network(tmp_path / "none.ckpt")
+    with pytest.raises(WrongUse, match="no run at"):
+        load_run(tmp_path / "none.ckpt")
+    with pytest.raises(WrongUse, match="no checkpoint in"):
+        load_run(tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(WrongUse, match="is no checkpoint of medkd-fast"):
-        load_network(tmp_path / "other.ckpt")
+        load_run(tmp_path / "other.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04nothing")
+    with pytest.raises(WrongUse, match="is no checkpoint, or a damaged one"):
+        load_run(tmp_path / "broken.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"epochs": 0}, "epochs must be >= 1, got 0"),
-        ({"patience": 0}, "patience must be >= 1"),
-        ({"losses": {"kd": 1.0}}, "give both"),
-        ({"teacher": "t.ckpt"}, "give both"),
-    ],
-)
-def test_configurations_that_make_no_sense(change, message):
-    with pytest.raises(WrongUse, match=message):
-        RunConfig(**{"widths": (4,) * 6, "epochs": 1} | change)
+def test_only_the_student_is_kept(whole, config, helped):
+    content = state(RunFolder(whole).last)
+    assert {k.split(".")[1] for k in content["state_dict"]} == {"student", "losses"}
+    trained = load_run(whole)
+    alone = build_network(
+        "BasicUNet", helped.network_args, dims=2, in_channels=1, num_classes=5, patch=(32, 32), seed=0
+    )
+    assert parameter_count(trained.network) == parameter_count(alone)
+    assert asdict(trained.split)["test"] == ("case4", "case5")
+
+
+def test_the_default_patch(plan):
+    volumes = list(plan.volumes.values())
+    assert default_patch(volumes, 2) == (32, 32) and default_patch(volumes, 3) == (16, 32, 32)
+
+
+def test_a_teacher_that_cannot_teach(tmp_path, config, teacher):
+    content = state(RunFolder(teacher).last)
+    content["medkd_fast"]["channels"] = ["T1", "T2"]
+    weight = content["state_dict"]["model.conv_0.conv_0.conv.weight"]
+    content["state_dict"]["model.conv_0.conv_0.conv.weight"] = torch.cat([weight, weight], 1)
+    torch.save(content, tmp_path / "two.ckpt")
+    with pytest.raises(WrongUse, match="has channels T1, T2, the student's data .*: they must agree"):
+        plan_run(config.resolved(losses=("kd",), teacher=str(tmp_path / "two.ckpt")))
+    with pytest.raises(WrongUse, match=r"has dims 2, the student's data 3"):
+        plan_run(config.resolved(losses=("kd",), teacher=str(teacher), preprocessing={"dims": 3}, patch=(16, 32, 32)))
+
+
+def test_what_this_machine_cannot_do(tmp_path, config):
+    for change in ({"accelerator": "abacus"}, {"strategy": "hope"}):
+        with pytest.raises(WrongUse, match="this machine cannot train like that: .*"):
+            fit(config.resolved(**change), tmp_path / next(iter(change)))

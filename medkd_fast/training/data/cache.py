@@ -27,18 +27,22 @@ def default_cache() -> Path:
 
 
 def digest_of_content(path: Path, cache: Path) -> str:
-    """Digest of a file's bytes, or of the names and bytes of the files in a folder.
+    """Digest of a file's bytes, or of the names and bytes of the files in a folder or of a header with its voxels.
 
     They are read once: the digest is remembered for their paths, sizes and times of change.
     """
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+    elif path.suffix.lower() in (".mhd", ".nhdr", ".hdr"):  # a header; its voxels lie beside it
+        files = sorted(p for p in path.parent.iterdir() if p.stem.split(".")[0] == path.stem.split(".")[0])
     stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     note = cache / "digests" / digest(json.dumps(stats))
     try:
         return note.read_text()
     except OSError:
         pass
-    found = digest(json.dumps([(f.name if path.is_dir() else "", _of_bytes(f)) for f in files]))
+    found = digest(json.dumps([(f.name if len(files) > 1 else "", _of_bytes(f)) for f in files]))
     try:
         write_atomically(note, lambda p: p.write_text(found))
     except OSError as error:

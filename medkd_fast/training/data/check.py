@@ -121,7 +121,9 @@ def print_report(report: Report) -> None:
         console.print(f"{finding.level}: {where}{finding.message}", highlight=False, markup=False)
     errors = sum(f.level == ERROR for f in report.findings)
     console.print(
-        f"{errors} errors: not to be trained on until they are mended" if errors else "ready to be trained on",
+        f"{errors} error{'s' * (errors > 1)}: not to be trained on until that is mended"
+        if errors
+        else "ready to be trained on",
         highlight=False,
     )
 

@@ -67,7 +67,8 @@ class Dataset:
 def open_dataset(data: str | Path, layout: str | None = None) -> Dataset:
     """The data set at a path, or one of the built-in ones by its name. Its images are not read yet.
 
-    data: "demo" (a CT), "mni152" (an MRI), a folder or a CSV file; "./demo" is a folder. layout: its format; None finds out by what is there.
+    data: "demo" (a CT), "mni152" (an MRI), a folder or a CSV file; "./demo" is a folder.
+    layout: its format; None finds out by what is there.
 
     Raises WrongUse where nothing is there, or nothing that is understood.
     """

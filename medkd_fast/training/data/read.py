@@ -156,34 +156,43 @@ def uneven(folder: Path) -> str:
 def whole(path: Path) -> bool:
     """Whether a NIfTI file has all the bytes that its header asks for; of a compressed file, its checksum decides."""
     try:
-        if path.name.endswith(".gz"):
+        if is_gzip(path):
             with gzip.open(path) as file:
                 while file.read(1 << 22):
                     pass
-        elif path.name.endswith(".nii"):
+        elif path.name.endswith((".nii", ".nii.gz")):
             with path.open("rb") as file:
                 header = file.read(348)
-            order = _byte_order(header)
-            axes, *sizes = struct.unpack_from(f"{order}8h", header, 40)
-            (bits,), (offset,) = (
-                struct.unpack_from(f"{order}h", header, 72),
-                struct.unpack_from(f"{order}f", header, 108),
-            )
-            return path.stat().st_size >= offset + math.prod(sizes[:axes]) * bits // 8
+            if order := _byte_order(header):
+                axes, *sizes = struct.unpack_from(f"{order}8h", header, 40)
+                (bits,) = struct.unpack_from(f"{order}h", header, 72)
+                (offset,) = struct.unpack_from(f"{order}f", header, 108)
+                return path.stat().st_size >= offset + math.prod(sizes[:axes]) * bits // 8
     except (OSError, EOFError, zlib.error, struct.error):
         return False
     return True
 
 
-def _byte_order(header: bytes) -> str:
-    return "<" if struct.unpack_from("<i", header, 0)[0] in (348, 540) else ">"
+def is_gzip(path: Path) -> bool:
+    """Whether a file called .gz is compressed; some are not, and ITK reads them all the same."""
+    if not path.name.endswith(".gz"):
+        return False
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _byte_order(header: bytes) -> str | None:
+    """ "<" or ">" of a NIfTI-1 header, None of anything else."""
+    return {348: "<", 0x5C010000: ">"}.get(struct.unpack_from("<I", header, 0)[0])
 
 
 def _read_bent_nifti(path: Path) -> sitk.Image:
     """ITK refuses a NIfTI file whose axes are not at right angles: read a copy with the nearest rotation in its header."""
     data = path.read_bytes()
-    header = bytearray(gzip.decompress(data) if path.name.endswith(".gz") else data)
+    header = bytearray(gzip.decompress(data) if is_gzip(path) else data)
     order = _byte_order(header)
+    if order is None:
+        raise WrongUse(f"{path} has axes that are not at right angles: write it anew as NIfTI-1")
     affine = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)  # srow_x, srow_y, srow_z
     spacing = np.linalg.norm(affine[:, :3], axis=0)
     affine[:, :3] = nearest_rotation(affine[:, :3] / spacing) * spacing

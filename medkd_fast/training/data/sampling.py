@@ -37,6 +37,7 @@ def train_loader(
     world_size: int = 1,
     workers: int = 0,
     augment: bool = True,
+    maps: Mapping[str, Tensor] | None = None,
 ) -> DataLoader:
     """An epoch of `steps` batches (image [B, C, *patch] float32, label [B, 1, *patch] int64) of augmented draws.
 
@@ -44,6 +45,8 @@ def train_loader(
     on a class that the volume has, each of its classes equally likely; the others lie anywhere. Slices (2-D) and volumes (3-D)
     come in a shuffled order, each once before any comes again. What lies outside of a volume gets the lowest intensity of the
     patch, and the ignore label, or the background where there is none.
+    maps: of every volume by name, [K, D, H, W]: a third tensor in the batches, [B, K, *patch] float32, cropped and augmented like
+    the image, but for its intensities.
     batch_size: of this process; rank and world_size: which of the processes it is. The loader's sampler has `set_epoch`.
 
     Raises WrongUse for a patch of another number of axes and for no labelled volume.
@@ -61,6 +64,7 @@ def train_loader(
         ignore_label=ignore_label,
         epoch_size=batch_size * steps * world_size,
         augment=augment,
+        maps=[maps[name] for name in names] if maps is not None else None,
     )
     sampler = Positions(batch_size=batch_size, steps=steps, rank=rank, world_size=world_size)
     # a generator of its own: the loader must not take numbers from the one that dropout takes its from
@@ -104,7 +108,7 @@ class Positions(Sampler[tuple[int, int]]):
                 yield self.epoch, position
 
 
-class Draws(Dataset[tuple[Tensor, Tensor]]):
+class Draws(Dataset[tuple[Tensor, ...]]):
     """Item (epoch, position) is the same whenever, and in whichever process, it is asked for."""
 
     def __init__(
@@ -117,13 +121,16 @@ class Draws(Dataset[tuple[Tensor, Tensor]]):
         ignore_label: int | None = None,
         epoch_size: int,
         augment: bool = True,
+        maps: Sequence[Tensor] | None = None,
     ) -> None:
+        self.maps = maps
         self.volumes, self.seed, self.epoch_size = list(volumes), seed, epoch_size
         self.flat = len(patch) == 2
         self.patch = (1, *patch) if self.flat else tuple(patch)
         self.outside = 0 if ignore_label is None else ignore_label
         self.augment = augment
         self.places = [class_places(v.mask[0].numpy(), num_classes) for v in track(self.volumes, "looking for classes")]
+        self.order: tuple[int, np.ndarray] | None = None  # of the units, in the turn that was drawn from last
         # in 2-D a draw of any place is a slice, in 3-D a volume
         self.units = [
             (v, z)
@@ -131,14 +138,18 @@ class Draws(Dataset[tuple[Tensor, Tensor]]):
             for z in (range(volume.image.shape[1]) if self.flat else [None])
         ]
 
-    def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, ...]:
         epoch, position = draw
         random = np.random.default_rng([self.seed, epoch, position])
         volume, centre = self._place(random, epoch, position)
         image, label = crop(self.volumes[volume], centre, self.patch, self.outside)
+        extra = None if self.maps is None else crop_map(self.maps[volume], centre, self.patch)
         if self.flat:
             image, label = image[:, 0], label[:, 0]
-        return augmented(image, label, self.outside, random) if self.augment else (image.clone(), label.long())
+            extra = None if extra is None else extra[:, 0]
+        if self.augment:
+            return augmented(image, label, self.outside, random, extra)
+        return (image.clone(), label.long()) if extra is None else (image.clone(), label.long(), extra)
 
     def _place(self, random: np.random.Generator, epoch: int, position: int) -> tuple[int, list[int]]:
         """(volume, voxel that the patch is centred on)."""
@@ -154,25 +165,30 @@ class Draws(Dataset[tuple[Tensor, Tensor]]):
                 return volume, np.unravel_index(int(of_class[random.integers(len(of_class))]), shape)
         # any place where the patch lies inside, or the middle where it does not fit
         centre = [
-            int(random.integers(p // 2, max(n - p + p // 2, p // 2) + 1))
+            int(random.integers(n - p + 1)) + p // 2 if n >= p else n // 2
             for n, p in zip(shape, self.patch, strict=True)
         ]
-        centre = [c if n >= p else n // 2 for c, n, p in zip(centre, shape, self.patch, strict=True)]
         return volume, [z if z is not None else centre[0], *centre[1:]]
 
     def _unit(self, epoch: int, position: int) -> tuple[int, int | None]:
         """Every unit once before any unit twice, through the epochs."""
         count = epoch * self.epoch_size + position
         turn, place = divmod(count, len(self.units))
-        order = np.random.default_rng([self.seed, turn, 2**31]).permutation(len(self.units))
-        return self.units[order[place]]
+        if self.order is None or self.order[0] != turn:
+            # another sequence than that of any position
+            random = np.random.default_rng([self.seed, turn, 0, 0])
+            self.order = turn, random.permutation(len(self.units))
+        return self.units[self.order[1][place]]
 
 
-def augmented(image: Tensor, label: Tensor, outside: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+def augmented(
+    image: Tensor, label: Tensor, outside: int, random: np.random.Generator, extra: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """A small rotation in the axial plane, zoom and shift of both; gain, offset and noise of the image. No flip: left is left.
 
     image: [C, *S] float32, label: [1, *S]; *S is (rows, columns) or (slices, rows, columns). What comes in from outside has
     the image's lowest intensity and the label `outside`. Intensities change in units of the patch's standard deviation.
+    extra: [K, *S], turned, zoomed and shifted along, continued by its border; where it is given, it comes third.
     """
     axes = tuple(range(1, image.dim()))
     low = image.amin(axes, keepdim=True)
@@ -182,10 +198,13 @@ def augmented(image: Tensor, label: Tensor, outside: int, random: np.random.Gene
         # the slices of a patch turn together: to one 2-D grid they are channels
         rows, columns = image.shape[-2:]
         grid = F.affine_grid(_affine(rows, columns, random)[None], [1, 1, rows, columns], align_corners=False)
-        image, mask = (
-            F.grid_sample(x.reshape(1, -1, rows, columns), grid, mode=mode, align_corners=False).reshape(x.shape)
-            for x, mode in ((image, "bilinear"), (mask, "nearest"))
-        )
+
+        def moved(x: Tensor, mode: str, outside: str = "zeros") -> Tensor:
+            x_ = x.reshape(1, -1, rows, columns)
+            return F.grid_sample(x_, grid, mode=mode, padding_mode=outside, align_corners=False).reshape(x.shape)
+
+        image, mask = moved(image, "bilinear"), moved(mask, "nearest")
+        extra = None if extra is None else moved(extra, "bilinear", "border")
     if random.random() < 0.5:
         image = image * random.uniform(0.85, 1.15)
     if random.random() < 0.5:
@@ -193,15 +212,15 @@ def augmented(image: Tensor, label: Tensor, outside: int, random: np.random.Gene
     if random.random() < 0.3:
         noise = torch.from_numpy(random.standard_normal(tuple(image.shape), dtype=np.float32))
         image = image + random.uniform(0.0, 0.1) * noise
-    return image * scale + low, (mask + outside).long()
+    image, label = image * scale + low, (mask + outside).long()
+    return (image, label) if extra is None else (image, label, extra)
 
 
 def _affine(rows: int, columns: int, random: np.random.Generator) -> Tensor:
     """[2, 3] for `affine_grid`: a turn by up to 0.2 radians, a zoom by up to 12 % an axis, a shift by up to 5 % of the side."""
     angle, zoom, shift = random.uniform(-0.2, 0.2), random.uniform(0.88, 1.12, 2), random.uniform(-0.1, 0.1, 2)
-    half = (
-        np.array([columns, rows]) / 2
-    )  # normalised coordinates run from -1 to 1 over every side; the turn is one of voxels
+    # normalised coordinates run from -1 to 1 over every side; the turn is one of voxels
+    half = np.array([columns, rows]) / 2
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return torch.from_numpy(np.hstack([turn * zoom * half / half[:, None], shift[:, None]]).astype(np.float32))
 
@@ -224,7 +243,24 @@ def class_places(mask: np.ndarray, num_classes: int) -> dict[int, np.ndarray]:
 
 def crop(volume: Volume, centre: Sequence[int], size: Sequence[int], outside: int) -> tuple[Tensor, Tensor]:
     """The patch (image [C, *size], label [1, *size] uint8) of a size around a voxel, filled where it leaves the volume."""
-    shape = volume.image.shape[1:]
+    inside, room = _window(volume.image.shape[1:], centre, size)
+    image, label = volume.image[inside], volume.mask[inside]
+    if any(room):
+        lowest = image.amin(tuple(range(1, image.dim())), keepdim=True)
+        image = F.pad(image - lowest, room) + lowest
+        label = F.pad(label, room, value=outside)
+    return image, label
+
+
+def crop_map(x: Tensor, centre: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The same patch of a map [K, D, H, W], as float32; where it leaves the map, its border goes on."""
+    inside, room = _window(x.shape[1:], centre, size)
+    patch = x[inside].float()
+    return F.pad(patch, room, mode="replicate") if any(room) else patch
+
+
+def _window(shape: Sequence[int], centre: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[int]]:
+    """What of an array [C, *shape] a patch covers, and by how much it leaves it, as `F.pad` wants it."""
     inside, room = [slice(None)], []
     for c, n, p in zip(centre, shape, size, strict=True):
         start = int(c) - p // 2
@@ -233,9 +269,4 @@ def crop(volume: Volume, centre: Sequence[int], size: Sequence[int], outside: in
         low, high = max(start, 0), min(start + p, n)
         inside.append(slice(low, high))
         room = [low - start, start + p - high, *room]  # pad counts from the last axis
-    image, label = volume.image[tuple(inside)], volume.mask[tuple(inside)]
-    if any(room):
-        lowest = image.amin(tuple(range(1, image.dim())), keepdim=True)
-        image = torch.nn.functional.pad(image - lowest, room) + lowest
-        label = torch.nn.functional.pad(label, room, value=outside)
-    return image, label
+    return tuple(inside), room

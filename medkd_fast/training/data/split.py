@@ -42,7 +42,7 @@ def split_by_patient(dataset: Dataset, *, seed: int = 0, fractions: Sequence[flo
     if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0:
         raise WrongUse(f"fractions must be three numbers >= 0 for train (> 0), validation and test, got {fractions}")
     given = dataset.split or Split(())
-    if given.validation and given.test:
+    if given.train and given.validation and given.test:
         return given
     wanted = [fractions[0], 0 if given.validation else fractions[1], 0 if given.test else fractions[2]]
     patient_of = {c.name: c.patient for c in dataset.cases}

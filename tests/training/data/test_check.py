@@ -66,11 +66,19 @@ def test_unreadable_file(root):
     (root / "imagesTr" / "ct_001_0000.nii.gz").write_bytes(b"no image")
     level, case, message = only(root)
     assert (level, case) == (ERROR, "ct_001")
-    assert message.endswith("ct_001_0000.nii.gz is cut off or damaged: fetch it again")
+    assert "ct_001_0000.nii.gz cannot be read as an image" in message and "\n" not in message
     with gzip.open(root / "imagesTr" / "ct_001_0000.nii.gz", "wb") as file:
-        file.write(b"no image")
+        file.write(b"no image" * 100)
     message = only(root)[2]
     assert "ct_001_0000.nii.gz cannot be read as an image" in message and "\n" not in message
+
+
+def test_a_file_that_is_called_compressed_and_is_not(root, ct):
+    path = root / "imagesTr" / "ct_001_0000.nii.gz"
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+    assert findings(root) == []
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "is cut off or damaged" in only(root)[2]
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
@@ -262,7 +270,7 @@ def test_the_command_prints_and_says_by_its_exit_code(root, capsys):
     (root / "imagesTr" / "ct_001_0000.nii.gz").write_bytes(b"no image")
     assert main(["data", str(root), "--layout", "nnunet"]) == 1
     page = capsys.readouterr().out
-    assert "error: ct_001: " in page and "1 errors: not to be trained on until they are mended" in page
+    assert "error: ct_001: " in page and "1 error: not to be trained on until that is mended" in page
     assert main(["data", str(root), "--layout", "bids"]) == 2
     assert "unknown layout 'bids'" in capsys.readouterr().err
 

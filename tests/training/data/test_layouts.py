@@ -188,6 +188,10 @@ def test_csv(sets, tmp_path, ct, label):
         table = table.replace(f"{folder}/", f"{sets['csv'].parent}/{folder}/")
     (tmp_path / "less.csv").write_text(table)
     assert open_dataset(tmp_path / "less.csv").split == Split(("s0", "s1"), ("s2",))  # no label, no side
+    (tmp_path / "test.csv").write_text(table.replace(",train", ",").replace(",val", ","))
+    assert open_dataset(tmp_path / "test.csv").split is None  # no side is left
+    (tmp_path / "test.csv").write_text(table.replace(",train", ",").replace(",val", ",test"))
+    assert open_dataset(tmp_path / "test.csv").split == Split((), test=("s2",))
     # no classes.json: the values in the labels are the classes
     assert dataset.classes == {i: f"label {v}" for i, v in enumerate(ORGANS.values(), start=1)}
     named = write_csv(tmp_path / "set", ct, label)

@@ -270,6 +270,20 @@ def test_a_volume_is_made_once_and_again_where_something_changed(tmp_path, ct, l
     assert len(entries()) == 4 and not torch.equal(changed_.image, first.image)
 
 
+def test_voxels_beside_a_header_count(tmp_path, ct):
+    path = write(ct, tmp_path / "case.1.mhd")
+    dataset = replace(one(tmp_path, ct, None), cases=(Case("a", "a", (path,)),))
+    first = prepare(dataset, KEEP)["a"]
+    raw = next(p for p in tmp_path.iterdir() if "raw" in p.name)
+    content = bytearray(raw.read_bytes())
+    header = path.read_bytes(), path.stat().st_mtime_ns
+    write(sitk.Cast(ct + 60, sitk.sitkInt16), path)
+    assert raw.read_bytes() != content
+    path.write_bytes(header[0])
+    os.utime(path, ns=(header[1], header[1]))  # the header is the same to the second
+    assert not torch.equal(prepare(dataset, KEEP)["a"].image, first.image)
+
+
 def test_a_torn_entry_is_made_again(tmp_path, ct, label):
     dataset = one(tmp_path, ct, label)
     first = prepare(dataset, KEEP)["a"]

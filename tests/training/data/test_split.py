@@ -60,6 +60,12 @@ def test_given_sides_stay():
     whole = Split(("p0_ed",), ("p1_ed",), ("p2_ed",))
     assert split_by_patient(dataset(6, whole)) is whole
 
+    no_train = split_by_patient(dataset(6, Split((), ("p1_ed",), ("p2_ed",))))
+    assert sides(no_train)[0] == {"p0", "p3", "p4", "p5"} and (no_train.validation, no_train.test) == (
+        ("p1_ed",),
+        ("p2_ed",),
+    )
+
     test_alone = split_by_patient(dataset(6, Split((), test=("p4_ed",))))
     # the test's patient is nowhere else, with none of its cases
     assert "p4" not in sides(test_alone)[0] | sides(test_alone)[1] and test_alone.test == ("p4_ed",)

@@ -61,7 +61,7 @@ def open(root: Path) -> Dataset:
         channels=_channels(columns, cases[0]),
         ignore_label=ignore_label,
         label_values=label_values,
-        split=Split(**{side: tuple(names) for side, names in sides.items()}) if "train" in sides else None,
+        split=Split(**{"train": (), **{side: tuple(names) for side, names in sides.items()}}) if sides else None,
     )
 
 

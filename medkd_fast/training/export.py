@@ -1,0 +1,233 @@
+"""A trained network alone, as a file that runs without this package: ONNX, or a program of torch.export; and proof that it does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from medkd_fast.layers import finest
+from medkd_fast.training.data.dataset import open_dataset
+from medkd_fast.training.data.prepare import prepare
+from medkd_fast.training.errors import WrongUse
+from medkd_fast.training.files import write_atomically, write_json
+from medkd_fast.training.finish import cases_of, check_data
+from medkd_fast.training.inference import predict_logits
+from medkd_fast.training.runs import load_run
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+INPUT, OUTPUT = "image", "logits"
+OPSET = 18
+TOLERANCE = 1e-3  # of the largest logit: float32 in another order of the sums stays far below
+log = logging.getLogger(__name__)
+
+
+class Logits(nn.Module):
+    """A network that answers with its logits alone, whatever else it has to say (deep supervision, dictionaries)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return finest(self.network(image), image.dim())
+
+
+class Difference(NamedTuple):
+    """What an exported file answers on a volume, against the network. logits: largest difference; scale: largest logit.
+
+    voxels: share of voxels whose class is another one.
+    """
+
+    logits: float
+    scale: float
+    voxels: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported run. multiples: what the sizes of its input must be multiples of; None where they are fixed to `patch`.
+
+    case: on whose volume it was checked. differences: first with windows of the patch, then of another size.
+    """
+
+    file: Path
+    patch: tuple[int, ...]
+    multiples: tuple[int, ...] | None
+    case: str
+    differences: list[Difference]
+
+
+def export_run(run: Path, *, format: str, out: Path | None = None, data: str | None = None) -> Exported:
+    """Export a run's network and check the file on a real volume: the first test case of the run's data set.
+
+    out: the file; without it RUN/student.onnx or .pt2 (of a checkpoint: beside it). data: another data set for the check. Beside
+    the file goes one of the same name that ends in .json: what the input must be prepared like, and what the classes are.
+
+    Raises WrongUse where there is no run, format or data, or the file does not compute what the network does; then it is
+    removed.
+    """
+    check_format(format)
+    trained = load_run(run)
+    file = out or (run if run.is_dir() else run.parent) / f"student{SUFFIXES[format]}"
+    if file.suffix != SUFFIXES[format]:
+        raise WrongUse(f"a file of format {format} must end in {SUFFIXES[format]}, got {file.name}")
+    dataset = open_dataset(data or trained.config.data, None if data else trained.config.layout)
+    check_data(trained, dataset)
+    case = cases_of(trained, dataset, "test")[0]
+    volume = prepare(dataset, trained.preprocessing, [case])[case]
+    multiples = export_network(
+        trained.network, file, format=format, in_channels=len(trained.channels), patch=trained.patch
+    )
+    differences = compare_exported(file, trained.network, volume.image, patch=trained.patch, multiples=multiples)
+    for found in differences:
+        if not found.logits <= TOLERANCE * max(found.scale, 1):
+            file.unlink()
+            raise WrongUse(
+                f"the {format} file answers otherwise than the network on {case} (logits {found.logits:.3g} apart of "
+                f"{found.scale:.3g}): it was removed; try the other format"
+            )
+    about = {
+        "input": [
+            INPUT,
+            ["batch", len(trained.channels), *(trained.patch if multiples is None else names_of(trained.dims))],
+        ],
+        "output": [OUTPUT, ["batch", trained.num_classes]],
+        "patch": trained.patch,
+        "sizes_are_multiples_of": multiples,
+        "channels": trained.channels,
+        "classes": {"0": "background", **trained.classes},
+        "preprocessing": trained.preprocessing.to_dict(),
+        "checked_on": case,
+        "differences": differences,
+    }
+    write_json(file.with_suffix(".json"), about)
+    return Exported(file, trained.patch, multiples, case, differences)
+
+
+def names_of(dims: int) -> list[str]:
+    """Of the axes of space: ["height", "width"], in 3-D with depth before."""
+    return ["depth", "height", "width"][-dims:]
+
+
+def export_network(
+    network: nn.Module, file: Path, *, format: str, in_channels: int, patch: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Write a network to `file`, whole or not at all. Its input is [batch, in_channels, *sizes], of any batch.
+
+    format: "onnx" or "torch-export". patch: the window that the network was trained on.
+    Returns what the sizes must be multiples of: powers of two, at most 32, that divide the patch; None where the network takes
+    no other size than the patch, or tracing could not see that it does.
+
+    Raises WrongUse for an unknown format, a missing package, and a network that cannot be traced.
+    """
+    check_format(format)
+    module = Logits(network).eval()
+    program, multiples = _trace(module, in_channels, tuple(patch))
+    if format == "torch-export":
+        write_atomically(file, lambda p: torch.export.save(program, p))
+    else:
+        write_atomically(file, lambda p: _save_onnx(program, p))
+    return multiples
+
+
+def check_format(format: str) -> None:
+    """Raises WrongUse for a format that there is not, or whose packages are missing."""
+    if format not in SUFFIXES:
+        raise WrongUse(f"unknown format {format!r}: choose from {', '.join(SUFFIXES)}")
+    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and find_spec(p) is None]
+    if missing:
+        raise WrongUse(f"{', '.join(missing)} not installed: run `pip install {' '.join(missing)}`")
+
+
+def load_exported(file: Path) -> Callable[[Tensor], Tensor]:
+    """What an exported file computes, as a function of [B, C, *S]: with onnxruntime, or as torch loads it."""
+    if file.suffix == SUFFIXES["onnx"]:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(os.fspath(file), providers=["CPUExecutionProvider"])
+        return lambda image: torch.from_numpy(session.run([OUTPUT], {INPUT: image.numpy()})[0])
+    program = torch.export.load(file).module()
+    return lambda image: program(image)
+
+
+def compare_exported(
+    file: Path, network: nn.Module, image: Tensor, *, patch: Sequence[int], multiples: Sequence[int] | None
+) -> list[Difference]:
+    """Run the file and the network over a prepared volume [C, D, H, W], window by window, and say how far they differ.
+
+    First with windows of the patch; then, where other sizes are allowed, with windows of another size and another batch.
+    """
+    exported, dims = load_exported(file), len(patch)
+    windows = [(tuple(patch), 2)]
+    if multiples:
+        windows.append((tuple(p + m for p, m in zip(patch, multiples, strict=True)), 3))
+    found = []
+    for window, batch in windows:
+        answers = [
+            predict_logits(f, image, dims=dims, patch=window, batch_size=batch, overlap=0.25)
+            for f in (network, exported)
+        ]
+        found.append(
+            Difference(
+                float((answers[0] - answers[1]).abs().max()),
+                float(answers[0].abs().max()),
+                float((answers[0].argmax(0) != answers[1].argmax(0)).float().mean()),
+            )
+        )
+    return found
+
+
+def _trace(
+    module: nn.Module, in_channels: int, patch: tuple[int, ...]
+) -> tuple[ExportedProgram, tuple[int, ...] | None]:
+    batch = Dim("batch", min=1)
+    multiples = tuple(max(m for m in (1, 2, 4, 8, 16, 32) if size % m == 0) for size in patch)
+    # sizes of 1 or of one multiple would be taken for constants
+    example = torch.zeros(2, in_channels, *(m * (3 + i) for i, m in enumerate(multiples)))
+    names = names_of(len(patch))
+    sizes = {2 + i: m * Dim(name, min=1) for i, (name, m) in enumerate(zip(names, multiples, strict=True))}
+    with _quiet():
+        try:
+            return torch.export.export(module, (example,), dynamic_shapes=({0: batch, **sizes},)), multiples
+        except Exception:
+            log.debug("no program for any size", exc_info=True)  # the network may take its patch and nothing else
+        try:
+            return torch.export.export(
+                module, (torch.zeros(2, in_channels, *patch),), dynamic_shapes=({0: batch},)
+            ), None
+        except Exception as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise WrongUse(f"the network cannot be traced by torch.export: {reason}") from error
+
+
+def _save_onnx(program: ExportedProgram, file: Path) -> None:
+    with _quiet():
+        onnx = torch.onnx.export(
+            program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False, opset_version=OPSET
+        )
+    onnx.save(file, external_data=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's remarks on torchvision and on itself."""
+    of_torch = logging.getLogger("torch")
+    level = of_torch.level
+    of_torch.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        of_torch.setLevel(level)

@@ -1,0 +1,170 @@
+"""Evaluation: scores on the files' own grid, whatever the network saw; what is written; whose cases are scored."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from matplotlib.image import imread
+from torch import Tensor, nn
+
+from medkd_fast.cli import main
+from medkd_fast.training.data.dataset import IGNORE, open_dataset
+from medkd_fast.training.data.prepare import plan, prepare
+from medkd_fast.training.data.settings import Preprocessing
+from medkd_fast.training.errors import WrongUse
+from medkd_fast.training.evaluate import Evaluation, evaluate, on_source
+from medkd_fast.training.finish import cases_of, check_data
+from medkd_fast.training.metrics import Scores, segmentation_scores
+from medkd_fast.training.runs import load_run
+
+LEVELS = (0.0, 0.7, 9.0, 0.5, 1.0)  # of the small data's classes; nothing is as bright as the gallbladder
+
+
+class Oracle(nn.Module):
+    """Knows the small data: the class whose intensity is nearest; moved by `shift` columns."""
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, image: Tensor) -> Tensor:
+        levels = torch.tensor(LEVELS).view(1, -1, *[1] * (image.dim() - 2))
+        return -(image.roll(self.shift, -1) - levels).abs() * 20
+
+
+@pytest.fixture(scope="module")
+def dataset(small_csv):
+    return open_dataset(small_csv)
+
+
+def volumes_of(dataset, names, **settings):
+    return prepare(dataset, plan(dataset, Preprocessing(intensity=("none",), **settings)), names)
+
+
+def test_scores_are_of_the_files_grid_in_mm(dataset):
+    volumes = volumes_of(dataset, ["case4", "case5"])
+    perfect = evaluate(Oracle(), dataset, volumes, patch=(32, 32))
+    assert list(perfect.cases) == ["case4", "case5"]
+    assert [s[:3] for c, s in perfect.cases["case4"].items() if c != 2] == [(1.0, 0.0, 0.0)] * 3
+    assert perfect.cases["case4"][2].outcome == "absent"
+    assert perfect.mean[:3] == (1.0, 0.0, 0.0) and perfect.mean.n_valid == 6
+
+    moved = evaluate(Oracle(shift=2), dataset, volumes, patch=(32, 32))
+    assert moved.cases["case4"][3].hd95 == pytest.approx(2 * 1.5)  # two columns of 1.5 mm
+    voxels = evaluate(Oracle(shift=2), dataset, volumes, patch=(32, 32), protocol="transunet")
+    assert voxels.cases["case4"][3].hd95 == pytest.approx(2.0)
+    assert voxels.summaries[2].dice == 0.0 and not math.isnan(voxels.mean.dice)  # the absent class is in its means
+
+
+def test_a_coarse_preparation_is_judged_on_the_fine_files(dataset):
+    (volume,) = volumes_of(dataset, ["case4"], size=(16, 16)).values()
+    assert volume.image.shape == (1, 6, 16, 16)
+    seen: dict[str, Tensor] = {}
+    found = evaluate(Oracle(), dataset, {"case4": volume}, patch=(16, 16), seen=seen).cases["case4"]
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(dataset.case("case4").label)))
+    assert label.shape == (6, 32, 32) and seen["case4"].shape == (6, 16, 16)
+    # on a grid of half the size the organs' blurred borders look like others: not perfect on the files' grid, nor far off
+    assert 0.6 < found[3].dice < 1.0
+    prediction, on_file, spacing = on_source(Oracle()(volume.image[None])[0], volume, dataset, dataset.case("case4"))
+    np.testing.assert_array_equal(on_file, label)
+    assert spacing == (2.0, 1.5, 1.5)
+    assert segmentation_scores(prediction, label, spacing=spacing, classes=[3])[3] == found[3]
+
+
+def test_a_case_of_some_slices_is_scored_on_them_alone(dataset):
+    part = replace(dataset, cases=(replace(dataset.case("case4"), name="part", slices=(1, 3)),))
+    volumes = volumes_of(part, ["part"])
+    prediction, label, _ = on_source(Oracle()(volumes["part"].image[None])[0], volumes["part"], part, part.case("part"))
+    whole = sitk.GetArrayFromImage(sitk.ReadImage(str(dataset.case("case4").label)))
+    np.testing.assert_array_equal(label, whole[1:4])
+    np.testing.assert_array_equal(prediction, label)
+
+
+def test_ignored_voxels_are_in_no_score(dataset):
+    # everything right of column 16, the spleen with it, is ignored: what the network says there does not count
+    ignoring = replace(dataset, ignore_label=IGNORE, label_values={0: 0, 1: IGNORE, 3: 3, 4: 4})
+    volumes = volumes_of(ignoring, ["case4"])
+    found = evaluate(Oracle(), ignoring, volumes, patch=(32, 32)).cases["case4"]
+    assert found[1].outcome == "absent"
+    assert found[3][:3] == (1.0, 0.0, 0.0)
+
+
+def test_3d_windows(dataset):
+    volumes = volumes_of(dataset, ["case4"], dims=3)
+    found = evaluate(Oracle(), dataset, volumes, patch=(4, 16, 16))
+    assert found.mean[:3] == (1.0, 0.0, 0.0)
+
+
+def test_wrong_use(dataset):
+    volumes = volumes_of(dataset, ["case4"])
+    with pytest.raises(WrongUse, match="unknown protocol 'cm': choose from mm, transunet"):
+        evaluate(Oracle(), dataset, volumes, patch=(32, 32), protocol="cm")
+    with pytest.raises(WrongUse, match="no case to score"):
+        evaluate(Oracle(), dataset, {}, patch=(32, 32))
+    unlabelled = replace(dataset, cases=(replace(dataset.case("case4"), label=None),))
+    with pytest.raises(WrongUse, match="case4 of small has no label to score against"):
+        evaluate(Oracle(), unlabelled, volumes, patch=(32, 32))
+
+
+def test_a_record_comes_back(tmp_path):
+    scores = {1: Scores(0.5, 2.0, 1.0, "valid"), 2: Scores(math.nan, math.nan, math.nan, "absent")}
+    evaluation = Evaluation({1: "liver", 2: "spleen"}, {"a": scores})
+    evaluation.write(tmp_path, data="x")
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["data"] == "x" and record["classes"]["spleen"]["dice"] is None
+    back = Evaluation.from_record(record)
+    assert back.classes == evaluation.classes and back.cases["a"][1] == scores[1]
+    assert math.isnan(back.cases["a"][2].dice) and back.mean == evaluation.mean
+    with (tmp_path / "scores-cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1] == {"case": "a", "class": "spleen", "dice": "", "hd95": "", "assd": "", "outcome": "absent"}
+
+
+def test_the_command(teacher, small_csv, tmp_path, capsys):
+    run = Path(shutil.copytree(teacher, tmp_path / "run"))
+    assert main(["evaluate", str(run)]) == 0
+    screen = capsys.readouterr().out
+    for words in ("liver", "n_missed", "Means over 2 cases", "No label, in no mean: gallbladder."):
+        assert words in screen
+    record = json.loads((run / "scores.json").read_text())
+    assert set(record["cases"]) == {"case4", "case5"} and record["split"] == "test" and record["parameters"] > 1000
+    with (run / "scores.csv").open(newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == ["spleen", "gallbladder", "liver", "aorta", "mean"]
+    assert imread(run / "overlay.png").std() > 0.05 and imread(run / "curves.png").std() > 0.05
+
+    before = (run / "scores.json").read_text()
+    arguments = ["evaluate", str(run), small_csv, "--split", "validation", "--protocol", "transunet"]
+    assert main(arguments) == 0
+    assert "HD95 voxels" in capsys.readouterr().out
+    other = json.loads((run / "scores-validation-transunet.json").read_text())
+    assert set(other["cases"]) == {"case3"} and other["protocol"] == "transunet"
+    assert (run / "scores.json").read_text() == before
+    checkpoint = next(run.glob("checkpoints/*.ckpt"))
+    assert main(["evaluate", str(checkpoint), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere" / "scores.json").exists()
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--split", "tset"]) == 2
+    assert "unknown split 'tset': choose from test, validation, train, all" in capsys.readouterr().err
+
+
+def test_other_data_must_have_the_same_classes_and_channels(teacher, dataset):
+    trained = load_run(teacher)
+    assert cases_of(trained, dataset, "test") == ("case4", "case5")
+    assert len(cases_of(trained, dataset, "all")) == 6
+    stranger = replace(dataset, cases=tuple(replace(c, name=f"new {c.name}") for c in dataset.cases), split=None)
+    assert len(cases_of(trained, stranger, "test")) == 6  # data that brings no split is all test
+    with pytest.raises(WrongUse, match="no labelled train cases"):
+        cases_of(trained, stranger, "train")
+    with pytest.raises(WrongUse, match="trained for the classes spleen, gallbladder, liver, aorta, small has kidney"):
+        check_data(trained, replace(dataset, classes={1: "kidney"}))
+    with pytest.raises(WrongUse, match="channels"):
+        check_data(trained, replace(dataset, channels=("T1", "T2")))

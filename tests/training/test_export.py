@@ -1,0 +1,89 @@
+"""export: files that compute what the network computes, for any batch and size, and a check that would notice if not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medkd_fast.cli import main
+from medkd_fast.training import export as module
+from medkd_fast.training.errors import WrongUse
+from medkd_fast.training.export import compare_exported, export_network, load_exported
+from medkd_fast.training.runs import fit, load_run
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory) -> Path:
+    """Of a network that is quick to trace."""
+    small = config.resolved(network="UNet", network_args={"channels": [4, 8], "strides": [2]}, epochs=1, steps=2)
+    return fit(small, tmp_path_factory.mktemp("export") / "run")
+
+
+@pytest.mark.parametrize(("format", "name"), [("onnx", "student.onnx"), ("torch-export", "student.pt2")])
+def test_the_command(run, format, name, capsys):
+    assert main(["export", str(run), "--format", format]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "any batch; sizes that are multiples of 32 x 32" in said and "on case4, other windows: logits at most" in said
+    )
+    about = json.loads((run / "student.json").read_text())
+    assert about["classes"]["3"] == "liver" and about["sizes_are_multiples_of"] == [32, 32]
+    assert about["preprocessing"]["intensity"] == ["none"] and about["checked_on"] == "case4"
+    network, exported = load_run(run).network, load_exported(run / name)
+    for shape in ((1, 1, 32, 32), (3, 1, 64, 96)):
+        image = torch.rand(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(image), network(image), atol=1e-5, rtol=1e-4)
+
+
+def test_a_file_that_computes_something_else_is_removed(run, tmp_path, monkeypatch, capsys):
+    network = load_run(run).network
+    monkeypatch.setattr(module, "load_exported", lambda file: lambda image: network(image) + 0.1)
+    assert main(["export", str(run), "--format", "torch-export", "--out", str(tmp_path / "a.pt2")]) == 2
+    assert "the torch-export file answers otherwise than the network on case4" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+class OneSize(nn.Module):
+    """Takes 16 x 16 and nothing else; answers as networks with deep supervision do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(1, 3, 1)
+        self.place = nn.Parameter(torch.randn(1, 3, 16, 16))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        logits = self.head(image) + self.place
+        return [logits, nn.functional.avg_pool2d(logits, 2)]
+
+
+def test_a_network_of_one_size_and_several_outputs(tmp_path):
+    network, file = OneSize().eval(), tmp_path / "one.pt2"
+    assert export_network(network, file, format="torch-export", in_channels=1, patch=(16, 16)) is None
+    (found,) = compare_exported(file, network, torch.rand(1, 3, 20, 20), patch=(16, 16), multiples=None)
+    assert found.logits < 1e-5 < found.scale and found.voxels == 0
+    with pytest.raises(Exception, match=r"(?i)shape|size|guard"):
+        load_exported(file)(torch.rand(1, 1, 32, 32))
+
+
+class Untraceable(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image * 2 if image.sum().item() > 0 else image
+
+
+def test_wrong_use(run, tmp_path, monkeypatch, capsys):
+    def error(*arguments: str) -> str:
+        assert main(["export", str(run), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "unknown format 'tflite': choose from onnx, torch-export" in error("--format", "tflite")
+    assert "must end in .onnx, got a.pt2" in error("--out", str(tmp_path / "a.pt2"))
+    with pytest.raises(WrongUse, match="cannot be traced by torch.export"):
+        export_network(Untraceable(), tmp_path / "x.pt2", format="torch-export", in_channels=1, patch=(8, 8))
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert "onnx, onnxscript, onnxruntime not installed: run `pip install onnx onnxscript onnxruntime`" in error()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,180 @@
+"""report: one page that needs no network, opened in a browser where there is one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from medkd_fast.cli import main
+from medkd_fast.training.compare import compare, parse_methods
+from medkd_fast.training.files import read_json, write_json
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WHY_NOT = f"no browser: none of {', '.join(BROWSERS)} is on PATH, and MEDKD_FAST_CHROMIUM names none"
+
+
+def browser() -> str | None:
+    return os.environ.get("MEDKD_FAST_CHROMIUM") or next((p for b in BROWSERS if (p := shutil.which(b))), None)
+
+
+@pytest.fixture(scope="module")
+def page(teacher, config, tmp_path_factory) -> Path:
+    """Of two runs with one name in different folders, and of a comparison with a failure whose reason looks like HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    for name in ("a", "b"):
+        shutil.copytree(teacher, folder / name / "teacher")
+        assert main(["evaluate", str(folder / name / "teacher")]) == 0
+    out = folder / "compare"
+    compare(config.resolved(epochs=1, steps=2), teacher, parse_methods("kd"), out, seeds=1)
+    record = read_json(out / "compare.json")
+    record["networks"]["student + KD"]["failed"] = {"7": "<script>alert(1)</script> & so on"}
+    write_json(out / "compare.json", record)
+    arguments = [str(folder / "a" / "teacher"), str(folder / "b" / "teacher"), str(out)]
+    assert main(["report", *arguments, "--out", str(folder / "report.html")]) == 0
+    return folder / "report.html"
+
+
+def test_the_page_holds_everything(page):
+    text = page.read_text(encoding="utf-8")
+    for words in (
+        "a/teacher",
+        "b/teacher",
+        "student + KD",
+        "gallbladder",
+        "case4",
+        "config.yaml",
+        "versions.json",
+        "n − 1",
+    ):
+        assert words in text, words
+    assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; so on" in text
+    assert "Content-Security-Policy" in text and "default-src &#39;none&#39;" not in text
+    dice = read_json(page.parent / "a" / "teacher" / "scores.json")["classes"]["liver"]["dice"]
+    assert f"<td>{dice:.3f}</td>" in text
+
+
+def test_wrong_use(teacher, tmp_path, capsys):
+    def error(*folders: Path) -> str:
+        assert main(["report", *map(str, folders), "--out", str(tmp_path / "x.html")]) == 2
+        return capsys.readouterr().err
+
+    bare = Path(shutil.copytree(teacher, tmp_path / "bare"))
+    for file in bare.glob("scores*.json"):
+        file.unlink()
+    assert "holds no scores and no comparison: run `medkd-fast evaluate" in error(bare)
+    assert "is no folder" in error(tmp_path / "nowhere")
+    assert "is given twice" in error(bare, bare)
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.fixture(scope="module")
+def devtools(tmp_path_factory) -> Iterator[str]:
+    """Address of a headless browser's DevTools."""
+    found = browser()
+    if not found:
+        pytest.skip(WHY_NOT)
+    profile = tmp_path_factory.mktemp("browser")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command = [found, *flags, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
+    with (profile / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            port = profile / "DevToolsActivePort"
+            deadline = time.monotonic() + 60
+            while not (port.exists() and port.read_text().strip()):
+                assert process.poll() is None and time.monotonic() < deadline, (profile / "log").read_text()[-2000:]
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port.read_text().split()[0]}"
+        finally:
+            process.terminate()
+
+
+async def visit(devtools: str, address: str, expression: str, *, dark: bool = False) -> tuple[Any, list[dict]]:
+    """Open a page; the value of a JavaScript expression in it, and every event: requests, log entries, exceptions."""
+    events: list[dict] = []
+    async with aiohttp.ClientSession() as session:
+        async with session.put(f"{devtools}/json/new?about:blank") as answer:
+            target = json.loads(await answer.text())
+        async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+            number = 0
+
+            async def call(method: str, **parameters: Any) -> dict:
+                nonlocal number
+                number += 1
+                await socket.send_json({"id": number, "method": method, "params": parameters})
+                while (message := await socket.receive_json(timeout=60)).get("id") != number:
+                    events.append(message)
+                assert "error" not in message, message
+                return message["result"]
+
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                await call(f"{domain}.enable")
+            scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+            await call("Emulation.setEmulatedMedia", features=[scheme])
+            await call("Page.navigate", url=address)
+            while not any(e.get("method") == "Page.loadEventFired" for e in events):
+                events.append(await socket.receive_json(timeout=60))
+            result = await call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+    assert "exceptionDetails" not in result, result
+    return result["result"]["value"], events
+
+
+LOOK = """(() => {
+  const style = getComputedStyle(document.body);
+  return {
+    text: document.body.innerText,
+    images: [...document.images].map(i => [i.naturalWidth, i.alt.length]),
+    drawings: [...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width * s.getBoundingClientRect().height),
+    ids: [...document.querySelectorAll('[id]')].map(e => e.id),
+    links: [...document.querySelectorAll('a')].map(a => document.getElementById(a.hash.slice(1)) !== null),
+    heads: [...document.querySelectorAll('th')].every(t => t.scope),
+    ink: style.color, ground: style.backgroundColor,
+    drawn: getComputedStyle(document.querySelector('figure svg text')).fill,
+    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  };
+})()"""
+
+
+def luminance(colour: str) -> float:
+    channels = [int(c) / 255 for c in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_shows_it_and_has_nothing_to_say(page, devtools, dark):
+    seen, events = asyncio.run(visit(devtools, page.as_uri(), LOOK, dark=dark))
+    for words in (
+        "Runs side by side",
+        "a/teacher",
+        "Comparison: compare",
+        "liver",
+        "student + KD",
+        "cannot be concluded",
+    ):
+        assert words in seen["text"], words
+    assert len(seen["images"]) == 2 + 3 and all(width > 100 and alt > 20 for width, alt in seen["images"])
+    assert len(seen["drawings"]) == 2 and min(seen["drawings"]) > 10_000
+    assert len(set(seen["ids"])) == len(seen["ids"]) and all(seen["links"]) and seen["heads"]
+    assert seen["wide"] <= 0  # wide tables scroll by themselves
+    bright, dim = sorted((luminance(seen["ink"]), luminance(seen["ground"])), reverse=True)
+    assert (bright + 0.05) / (dim + 0.05) > 7 and seen["drawn"] == seen["ink"]
+    assert (luminance(seen["ink"]) > luminance(seen["ground"])) == dark
+
+    said = [
+        e
+        for e in events
+        if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+    ]
+    assert said == []
+    asked = [e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"]
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"} and page.as_uri() in asked
