@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forced
 from operators import EMULATED, ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
+from conftest import forced
 from medkd_fast import class_pearson
 from medkd_fast.backend import kernel
 

@@ -19,7 +19,9 @@ def lines() -> list[str]:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     blocks = [block for page in pages for block in FENCED.findall(page.read_text())]
     joined = "\n".join(blocks).replace("\\\n", " ")
-    return sorted({line.removeprefix("$ ") for line in joined.splitlines() if line.startswith(("medkd-fast ", "$ medkd-fast "))})
+    return sorted(
+        {line.removeprefix("$ ") for line in joined.splitlines() if line.startswith(("medkd-fast ", "$ medkd-fast "))}
+    )
 
 
 @pytest.mark.parametrize("line", lines())
