@@ -179,6 +179,7 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
     ),
     "pixel_relation_kl_3d": lambda: few_rounds(relation("pixel_relation", (1, 16, 24, 24, 24), divergence="kl")),
     **{f"{name}_small": partial(make, (1, 4, 32, 32)) for name, make in SMALL.items()},
+    **{f"{name}_64": partial(make, (1, 4, 64, 64)) for name, make in SMALL.items()},
 }
 GPU_WORKS: dict[str, Callable[[], Work]] = {
     "decoupled_kl": lambda: pixel_loss("decoupled_kl", (4, 14, 96, 96, 96)),

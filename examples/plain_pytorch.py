@@ -20,7 +20,7 @@ def main(given: Sequence[str] | None = None) -> list[float]:
     teacher, student = trained_teacher(train, args.steps), network(4)
 
     terms = [
-        # relations between channels and between pixels of a decoder feature, 8 channels against 32: an adapter is made
+        # relations between channels and between pixels of a decoder feature, 4 channels against 16: an adapter is made
         Term(CPKDLoss(), student="upcat_2", weight=0.3, warm_up=args.steps // 10),
         # what the logits say of the classes that are not the label's
         Term(DKDLoss(), weight=0.02),

@@ -127,7 +127,8 @@ def choose(operator: str, device_type: str) -> str:
 
 def kernel(operator: str, backend: str) -> Callable[..., Any]:
     """The operator of a fused backend: each has its own, because two of them can share one device."""
-    return getattr(torch.ops.medkd_fast, f"{operator}_{backend}")
+    found: Callable[..., Any] = getattr(torch.ops.medkd_fast, f"{operator}_{backend}")
+    return found
 
 
 _fakes: dict[str, Callable[..., Any]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from medkd_fast import functional
@@ -60,4 +62,4 @@ def _over_detached_norm(x: torch.Tensor) -> torch.Tensor:
     """Pixels over their constant norm, times √C, which the gram relation divides by."""
     x = common.wide(x)
     norm = x.detach().square().sum(1, keepdim=True).sqrt()
-    return x * (x.shape[1] ** 0.5 / (norm + 1e-8))
+    return x * (math.sqrt(x.shape[1]) / (norm + 1e-8))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
@@ -94,7 +95,7 @@ def wants_gradient(student: torch.Tensor) -> bool:
     return student.requires_grad and torch.is_grad_enabled()
 
 
-def plainly(function: Callable[..., Any], student: torch.Tensor, *args: Any, **settings: Any) -> Any:
+def plainly(function: Callable[..., Result], student: torch.Tensor, *args: Any, **settings: Any) -> Result:
     """Calls a reference outside autocast, which would take its matrix products to half precision."""
     with torch.autocast(student.device.type, enabled=False):
         return function(student, *args, **settings)

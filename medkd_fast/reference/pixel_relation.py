@@ -47,6 +47,8 @@ takes a second pass, in which e^(s_ij − 1/τ) serves D_ij and D_ji.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -85,7 +87,7 @@ def pixel_relation(
 def normalised(x: torch.Tensor, relation: str) -> torch.Tensor:
     """Features [B, C, N] with every pixel ready for products with others."""
     if relation == "gram":
-        return x / x.shape[1] ** 0.5
+        return x / math.sqrt(x.shape[1])
     if relation == "pearson":
         x = x - x[:, :1].detach()  # so that equal channels become 0 and not the rounding of their mean
         x = x - x.mean(1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -30,7 +31,12 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run (its last checkpoint 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; wrong use is one line on standard error and code 2, Ctrl-C is 130."""
     try:
-        return app(args=list(arguments), prog_name="medkd-fast", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(args=list(arguments), prog_name="medkd-fast", standalone_mode=False) or 0
+        if code == 130:  # what newer typers make of Ctrl-C
+            raise KeyboardInterrupt
+        return code
     except WrongUse as error:
         print(f"medkd-fast: {error}", file=sys.stderr)
     except (KeyboardInterrupt, typer.Abort):
@@ -43,6 +49,14 @@ def run(arguments: Sequence[str]) -> int:
         command = error.ctx.command_path if error.ctx else "medkd-fast"
         print(f"{command}: {error.format_message().rstrip('.')}: see `{command} --help`", file=sys.stderr)
     return 2
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, line: int, *rest: Any) -> None:
+    """Our own warnings, which are about the data, in one line; others as Python shows them."""
+    if category.__module__.startswith("medkd_fast"):
+        print(f"medkd-fast: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, line))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -182,6 +183,25 @@ def test_bent_directions_are_repaired_with_a_warning(root, ct):
     with pytest.warns(Repaired):
         volume = prepare(open_dataset(root), names=["ct_000"])["ct_000"]
     assert volume.image.shape == (1, 24, 64, 64)
+
+
+def test_commands_show_repairs_in_one_line(tmp_path, ct, monkeypatch, capsys):
+    from medkd_fast.training import demo
+
+    path = write(ct, tmp_path / "bent.nii.gz")
+    bend(path)
+
+    def reads_and_warns(*arguments, **options):
+        read_file(path)
+        warnings.warn("of a library", DeprecationWarning, stacklevel=1)
+
+    monkeypatch.setattr(demo, "run_demo", reads_and_warns)
+    assert main(["demo"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        lines[0] == f"medkd-fast: the axes of {path} are not at right angles: read with the nearest direction that is"
+    )
+    assert "DeprecationWarning: of a library" in lines[1]
 
 
 def test_bent_directions_of_other_formats(tmp_path, ct):

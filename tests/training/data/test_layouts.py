@@ -260,6 +260,9 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(WrongUse, match="is in no layout that is known .*name it with --layout"):
         open_dataset(tmp_path)
+    (tmp_path / "set.csv").write_text("image,label\n")
+    with pytest.raises(WrongUse, match=rf"known .*: try {tmp_path / 'set.csv'}$"):
+        open_dataset(tmp_path)
     with pytest.raises(WrongUse, match="unknown layout 'bids': choose from nnunet"):
         open_dataset(tmp_path, "bids")
     for layout in LAYOUTS:

@@ -21,8 +21,14 @@ BUILT_IN = builtin.BUILT_IN
 
 
 def recognise(root: Path) -> str:
-    """Name of the layout that lies at `root`. Raises WrongUse where it is none of them."""
-    for name, layout in LAYOUTS.items():
-        if layout.found(root):
-            return name
-    raise WrongUse(f"{root} is in no layout that is known ({', '.join(LAYOUTS)}): name it with --layout")
+    """Name of the layout that lies at `root`. Raises WrongUse where it is none of them, with what inside it is one."""
+    name = _layout_of(root)
+    if name:
+        return name
+    inside = [str(p) for p in sorted(root.iterdir()) if _layout_of(p)] if root.is_dir() else []
+    advice = f"try {' or '.join(inside[:3])}" if inside else "name it with --layout"
+    raise WrongUse(f"{root} is in no layout that is known ({', '.join(LAYOUTS)}): {advice}")
+
+
+def _layout_of(root: Path) -> str | None:
+    return next((name for name, layout in LAYOUTS.items() if layout.found(root)), None)
