@@ -20,7 +20,7 @@ RECIPES = {
     "demo": {
         "data": ["--size", "64,64", "--patch", "64,64", "--intensity", "window"],
         "teacher": ["--network-arg", "features=16,16,32,64,128,16", "--epochs", "10"],
-        "student": ["--student-arg", "features=4,8,16,32,32,4", "--epochs", "4"],
+        "student": ["--student-arg", "features=4,8,16,32,32,4", "--epochs", "8"],
         "both": ["--steps", "50", "--batch-size", "4", "--learning-rate", "0.01", "--accelerator", "cpu"],
     },
     # patches of 32 x 96 x 96 mm at 2 mm

@@ -86,7 +86,8 @@ class Distiller(nn.Module):
 
     `kd.parameters()` are those of the student and of what losses train along: adapters, projectors. Give them to the optimiser, and
     under DDP wrap the distiller, not the student. Where a trainer calls the student itself, `kd.loss` works as well: the layers
-    are caught whenever the student runs in training mode.
+    are caught whenever the student runs in training mode, and `kd.loss` runs the teacher, under the autocast around it.
+    Losses are copied: a term may be used again.
 
     Raises:
         ValueError: a layer that does not exist or a wildcard that means several where one is wanted.
@@ -147,6 +148,12 @@ class Distiller(nn.Module):
             self.close()  # leaves no hooks behind
             raise
         self._clear()
+        if isinstance(student, nn.parallel.DistributedDataParallel) and any(True for _ in self.losses.parameters()):
+            self.close()
+            raise ValueError(
+                "the student is in DistributedDataParallel, which does not know the adapters of the losses: give the distiller the "
+                "student itself, and DistributedDataParallel the distiller"
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's output. In training mode the teacher runs on the same input."""

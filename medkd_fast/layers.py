@@ -16,9 +16,13 @@ OUTPUT_KEYS = ("logits", "out")
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside `DistributedDataParallel`, `DataParallel` and `torch.compile`, whose layers have their own names."""
+    """The network inside `DistributedDataParallel` and `torch.compile`, whose layers have their own names."""
     while True:
-        if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(network, nn.DataParallel):
+            raise TypeError(
+                "DataParallel runs copies of a network, whose layers nobody sees; use DistributedDataParallel"
+            )
+        if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
         elif isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
             network = inner

@@ -474,6 +474,11 @@ def process(rank: int, folder: str) -> None:
     kd = Distiller(teacher, student, [Term("cpkd", "decoder.1"), Term("dkd", warm_up=4)], example=images)
     found = {"start": copy.deepcopy(kd.state_dict())}
     wrapped = nn.parallel.DistributedDataParallel(kd, static_graph=True)
+    other = nn.parallel.DistributedDataParallel(copy.deepcopy(kd.student))
+    with pytest.raises(ValueError, match="give the distiller the student itself, and DistributedDataParallel the"):
+        Distiller(teacher, other, [Term("cpkd", "decoder.1")], example=images)
+    with Distiller(teacher, other, [Term("dkd")]) as kd_inside:
+        (other(images).sum() * 0 + kd_inside.loss(labels)).backward()
     optimiser = torch.optim.SGD(kd.parameters(), lr=0.1)
     for _ in range(3):
         optimiser.zero_grad()
@@ -510,6 +515,8 @@ def test_two_processes(tmp_path) -> None:
 def test_messages() -> None:
     teacher, student = pair(student_width=4)
     images, labels = batch()
+    with pytest.raises(TypeError, match="use DistributedDataParallel"):
+        Distiller(teacher, nn.DataParallel(student), [Term("kd")])
     for make, kind, message in (
         (lambda: Term("ckd"), ValueError, "loss: got 'ckd', want a loss or one of at, boundary_kd"),
         (lambda: Term(F.mse_loss), TypeError, "want a loss such as DKDLoss"),

@@ -6,6 +6,7 @@ run again, a killed one goes on, a failed one is written down and tried again by
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -137,10 +138,7 @@ def _check_folder(out: Path, base: RunConfig, trained: Trained) -> None:
     there = read_json(out / "settings.json") if (out / "settings.json").exists() else None
     if there is None and out.is_dir() and any(out.iterdir()):
         raise WrongUse(f"{out} is not empty and holds no comparison: choose another --out")
-    # through JSON, where tuples are lists
-    write_json(out / ".asked.json", asked)
-    asked = read_json(out / ".asked.json")
-    (out / ".asked.json").unlink()
+    asked = json.loads(json.dumps(asked))  # as it comes back from the file: lists, no tuples
     changed = [k for k in asked if there is not None and there.get(k) != asked[k]]
     if there is not None and changed:
         told = "; ".join(f"{k} is {there.get(k)}, asked for {asked[k]}" for k in changed)

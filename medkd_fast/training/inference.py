@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from medkd_fast.layers import finest
+from medkd_fast.training.bars import track
 
 Network = Callable[[Tensor], Tensor]
 
@@ -23,12 +25,13 @@ def predict_logits(
     overlap: float = 0.5,
     batch_size: int = 4,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> Tensor:
     """Logits [K + 1, D, H, W] float32, on the CPU, of a prepared image [C, D, H, W].
 
     dims: 2 takes the image slice by slice, with windows `patch` = (H, W); 3 takes windows (D, H, W). A smaller image is padded.
     overlap: share of a window that its neighbour covers too; windows weigh in with a Gaussian, so that their borders count
-    less. batch_size: windows a forward. device: where the network runs and is.
+    less. batch_size: windows a forward. device: where the network runs and is. progress: a bar, for one large volume.
 
     The network answers with logits, or with several outputs of which the finest is taken (deep supervision).
 
@@ -43,6 +46,7 @@ def predict_logits(
     if isinstance(network, nn.Module):
         network.eval()
     window = SlidingWindowInferer(
+        progress=progress and dims == 3 and sys.stderr.isatty(),
         roi_size=tuple(patch),
         sw_batch_size=batch_size,
         overlap=overlap,
@@ -58,4 +62,4 @@ def predict_logits(
         return window(image[None], logits)[0]
     # a few slices at a time: all of them at once would hold every window of the volume
     slices = image.transpose(0, 1).split(batch_size)  # [batch_size, C, H, W] each
-    return torch.cat([window(s, logits) for s in slices]).transpose(0, 1)
+    return torch.cat([window(s, logits) for s in track(slices, "slices", show=progress)]).transpose(0, 1)

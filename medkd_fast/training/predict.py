@@ -59,7 +59,7 @@ def predict_run(run: Path, source: Path, out: Path) -> list[Outcome]:
             outcomes.append(Outcome(case.name, file, skipped=True))
             continue
         try:
-            prediction = predict_case(trained, case, device=device)
+            prediction = predict_case(trained, case, device=device, progress=len(cases) == 1)
             write_atomically(file, lambda p, image=prediction: sitk.WriteImage(image, str(p), useCompression=True))
             outcomes.append(Outcome(case.name, file))
         except Exception as error:  # noqa: BLE001 one bad file must not take the others with it
@@ -69,10 +69,12 @@ def predict_run(run: Path, source: Path, out: Path) -> list[Outcome]:
     return outcomes
 
 
-def predict_case(trained: Trained, case: Case, *, device: str = "cpu") -> sitk.Image:
-    """The classes of every voxel of a case, uint8, in the geometry of its files."""
+def predict_case(trained: Trained, case: Case, *, device: str = "cpu", progress: bool = False) -> sitk.Image:
+    """The classes of every voxel of a case, uint8, in the geometry of its files. progress: a bar over its windows."""
     volume = prepare_case(case, trained.preprocessing)
-    logits = predict_logits(trained.network, volume.image, dims=trained.dims, patch=trained.patch, device=device)
+    logits = predict_logits(
+        trained.network, volume.image, dims=trained.dims, patch=trained.patch, device=device, progress=progress
+    )
     return to_source(logits, volume)
 
 

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from operators import assert_close, in_new_processes
+from operators import assert_close, in_new_process, in_new_processes
 from sources import ROOT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -251,6 +251,19 @@ def test_two_processes(tmp_path: Path) -> None:
             assert_close(second[part][name].double(), value.double(), 0, name)
     start = Module().state_dict()["network.0.weight"]
     assert (first["module"]["network.0.weight"] != start).any() and first["callback"]["step"] == 2
+
+
+def test_lightning_under_its_other_name(tmp_path: Path) -> None:
+    in_new_process(
+        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'tests/integrations')!r}]\n"
+        "import lightning.pytorch as pl\n"
+        "sys.modules['pytorch_lightning'] = pl\n"  # for the module of these tests
+        "from medkd_fast.integrations.lightning import DistillationCallback\n"
+        "assert issubclass(DistillationCallback, pl.Callback)\n"
+        "import pathlib, test_lightning\n"
+        f"_, callback, run = test_lightning.fitted(pathlib.Path({str(tmp_path)!r}), epochs=1)\n"
+        "assert 'kd/dkd' in run.callback_metrics and callback.state_dict()['step'] == 2"
+    )
 
 
 def test_messages(tmp_path: Path) -> None:
