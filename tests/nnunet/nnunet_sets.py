@@ -1,7 +1,8 @@
 """Two tiny nnU-Net data sets cut from the demo's CT, planned and preprocessed by nnU-Net, each with a trained teacher.
 
 "labels" is 2-D, has an ignore label, and its teacher has plans of its own: another spacing, other intensities, more features.
-"regions" is 3-D, has overlapping regions and an ignore label, and the student has the teacher's plans.
+"regions" is 3-D, has overlapping regions and an ignore label, and the student has the teacher's plans; it goes all the way that
+the example goes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Trained:
 
 
 def nnunet(root: Path, command: str, *arguments: object, trainers: str = "", **environment: str) -> str:
-    """Runs one of nnU-Net's own commands."""
+    """Runs one of nnU-Net's own commands, or a script of them."""
     folders = {f"nnUNet_{kind}": str(root / kind) for kind in ("raw", "preprocessed", "results")}
     # training augments in its own process; planning wants a number of threads
     few = {
@@ -49,9 +50,10 @@ def nnunet(root: Path, command: str, *arguments: object, trainers: str = "", **e
         "OMP_NUM_THREADS": "2",
     }
     found = {"nnUNet_extTrainer": trainers} if trainers else {}
+    path = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     done = subprocess.run(
-        [str(Path(sys.executable).parent / command), *map(str, arguments)],
-        env={**os.environ, **folders, **few, **found, **environment},
+        [shutil.which(command, path=path["PATH"]) or command, *map(str, arguments)],
+        env={**os.environ, **path, **folders, **few, **found, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -113,18 +115,36 @@ def other_plans(preprocessed: Path) -> str:
     return "nnUNetOtherPlans"
 
 
-def train_teacher(root: Path, number: int, name: str, configuration: str, labels: dict[str, object]) -> Trained:
-    write_cases(root / "raw" / name, labels, 2 if configuration == "3d_fullres" else 0)
-    nnunet(root, "nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", 1, "-npfp", 1)
-    plans = "nnUNetPlans"
-    if configuration == "2d":
-        plans = other_plans(root / "preprocessed" / name)
-        nnunet(root, "nnUNetv2_preprocess", "-d", number, "-c", "2d", "-plans_name", plans, "-np", 1)
+def labels_with_a_teacher(root: Path) -> Trained:
+    """Planned, preprocessed and its teacher trained, command by command."""
+    number, name = 901, "Dataset901_Labels"
+    write_cases(root / "raw" / name, dict(LABELS), 0)
+    nnunet(root, "nnUNetv2_plan_and_preprocess", "-d", number, "-c", "2d", "-np", 1, "-npfp", 1)
+    plans = other_plans(root / "preprocessed" / name)
+    nnunet(root, "nnUNetv2_preprocess", "-d", number, "-c", "2d", "-plans_name", plans, "-np", 1)
     trainer = "nnUNetTrainerTiny"
     nnunet(
         root,
-        *("nnUNetv2_train", number, configuration, 0, "-tr", trainer, "-p", plans, "-device", "cpu"),
+        *("nnUNetv2_train", number, "2d", 0, "-tr", trainer, "-p", plans, "-device", "cpu"),
         trainers=str(HERE / "trainers"),
     )
-    teacher = root / "results" / name / f"{trainer}__{plans}__{configuration}"
-    return Trained(number, name, configuration, teacher, "nnUNetPlans", root)
+    return Trained(number, name, "2d", root / "results" / name / f"{trainer}__{plans}__2d", "nnUNetPlans", root)
+
+
+def regions_by_the_example(root: Path) -> Trained:
+    """All that examples/with_nnunet.sh does: teacher, student, predictions in root / "out"."""
+    number, name = 902, "Dataset902_Regions"
+    write_cases(root / "raw" / name, dict(REGIONS), 2)
+    trainer = "nnUNetTrainerTiny"
+    nnunet(
+        root,
+        *("bash", HERE.parent.parent / "examples" / "with_nnunet.sh", number, "3d_fullres", root / "out"),
+        trainers=str(HERE / "trainers"),
+        DEVICE="cpu",
+        TRAINER=trainer,
+        DISTILL="nnUNetTrainerDistillTiny",
+        WORKERS="1",
+    )
+    return Trained(
+        number, name, "3d_fullres", root / "results" / name / f"{trainer}__nnUNetPlans__3d_fullres", "nnUNetPlans", root
+    )

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from nnunet_sets import HERE, IGNORE, LABELS, REGIONS, Trained, nnunet, train_teacher
+from nnunet_sets import HERE, IGNORE, Trained, labels_with_a_teacher, nnunet, regions_by_the_example
 
 pytest.importorskip("nnunetv2", reason="nnU-Net has an environment of its own: make test-nnunet")
 
@@ -27,12 +27,12 @@ TRAINERS = os.pathsep.join([str(Path(integration.__file__).parent / "nnunet_path
 
 @pytest.fixture(scope="session")
 def labels_set(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train_teacher(tmp_path_factory.mktemp("labels"), 901, "Dataset901_Labels", "2d", dict(LABELS))
+    return labels_with_a_teacher(tmp_path_factory.mktemp("labels"))
 
 
 @pytest.fixture(scope="session")
 def regions_set(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train_teacher(tmp_path_factory.mktemp("regions"), 902, "Dataset902_Regions", "3d_fullres", dict(REGIONS))
+    return regions_by_the_example(tmp_path_factory.mktemp("regions"))
 
 
 @pytest.fixture
@@ -64,35 +64,41 @@ def batch(student: integration.nnUNetTrainerDistill) -> dict[str, object]:
     return next(student.dataloader_train)
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions"])
-def test_nnunet_trains_and_predicts(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    trained: Trained = request.getfixturevalue(f"{kind}_set")
-    train = ("nnUNetv2_train", trained.number, trained.configuration, 0, "-p", trained.plans, "-device", "cpu")
-    said = nnunet(
-        trained.root,
-        *(*train, "-tr", "nnUNetTrainerDistillTiny"),
-        trainers=TRAINERS,
-        MEDKD_FAST_TEACHER=str(trained.teacher),
-        MEDKD_FAST_LOSS="kd:0.5:temperature=1 cwd:3",
-    )
-    assert "distillation kd" in said and "distillation cwd" in said and "teacher: " in said
+def check_student(trained: Trained, predictions: Path) -> None:
+    """A checkpoint of nnU-Net's own, and a prediction on the grid of its image."""
     model = trained.results / f"nnUNetTrainerDistillTiny__{trained.plans}__{trained.configuration}"
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     assert not [name for name in checkpoint["network_weights"] if not name.startswith(("encoder.", "decoder."))]
-
-    # no extTrainer, no teacher: nnU-Net alone
-    images = trained.root / "raw" / trained.name / "imagesTs"
-    which = ("-d", trained.number, "-c", trained.configuration, "-p", trained.plans, "-f", 0)
-    nnunet(
-        trained.root,
-        *("nnUNetv2_predict", "-i", images, "-o", tmp_path, *which, "-tr", "nnUNetTrainerDistillTiny"),
-        *("-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1),
-    )
-    prediction = sitk.ReadImage(str(tmp_path / "case_0.nii.gz"))
-    image = sitk.ReadImage(str(images / "case_0_0000.nii.gz"))
+    prediction = sitk.ReadImage(str(predictions / "case_0.nii.gz"))
+    image = sitk.ReadImage(str(trained.root / "raw" / trained.name / "imagesTs" / "case_0_0000.nii.gz"))
     assert prediction.GetSize() == image.GetSize() and prediction.GetSpacing() == image.GetSpacing()
     assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2, 3}
+
+
+def test_a_teacher_of_other_plans_and_nnunets_own_prediction(labels_set: Trained, tmp_path: Path) -> None:
+    said = nnunet(
+        labels_set.root,
+        *("nnUNetv2_train", labels_set.number, "2d", 0, "-device", "cpu", "-tr", "nnUNetTrainerDistillTiny"),
+        trainers=TRAINERS,
+        MEDKD_FAST_TEACHER=str(labels_set.teacher),
+        MEDKD_FAST_LOSS="kd:0.5:temperature=1 cwd:3",
+    )
+    assert "distillation kd" in said and "distillation cwd" in said and "teacher: " in said
+    # no folder of trainers, no teacher: nnU-Net alone
+    nnunet(
+        labels_set.root,
+        *("nnUNetv2_predict", "-i", labels_set.root / "raw" / labels_set.name / "imagesTs", "-o", tmp_path),
+        *("-d", labels_set.number, "-c", "2d", "-f", 0, "-tr", "nnUNetTrainerDistillTiny"),
+        *("-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1),
+    )
+    check_student(labels_set, tmp_path)
+
+
+def test_the_example(regions_set: Trained) -> None:
+    check_student(regions_set, regions_set.root / "out")
+    (log,) = (regions_set.results / "nnUNetTrainerDistillTiny__nnUNetPlans__3d_fullres" / "fold_0").glob("*log*.txt")
+    assert "distillation kd" in log.read_text()
 
 
 @pytest.mark.parametrize("kind", ["labels", "regions"])

@@ -181,6 +181,25 @@ def test_augmentation_turns_the_slices_of_a_patch_together_and_varies():
     assert len(masks) > 15  # one in ten stays where it is
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("augment", [False, True])
+def test_maps_are_moved_as_the_label_is(volumes, dims, augment):
+    """The logits of a teacher, here of one that knows the label."""
+    maps = {
+        name: torch.nn.functional.one_hot(v.label[0], 3).movedim(-1, 0).to(torch.bfloat16)
+        for name, v in volumes.items()
+    }
+    alike = []
+    plain, with_maps = loader(volumes, dims, augment=augment), loader(volumes, dims, augment=augment, maps=maps)
+    for (image, label), (image_, label_, replayed) in zip(plain, with_maps, strict=True):
+        assert torch.equal(image, image_) and torch.equal(label, label_)
+        assert replayed.shape == (2, 3, *PATCHES[dims]) and replayed.dtype == torch.float32
+        seen = image > image.amin(tuple(range(1, image.dim())), keepdim=True)  # not what came in from outside
+        alike.append((replayed.argmax(1, keepdim=True) == label)[seen].float().mean())
+    # augmented, borders of a class differ: the label takes the nearest voxel, the map lies in between
+    assert min(alike) > (0.95 if augment else 0.999)
+
+
 def test_a_turn_is_a_turn_in_voxels():
     # a thin bar along x in a wide patch keeps its length: the turn is no shear
     from medkd_fast.training.data.sampling import _affine
@@ -227,3 +246,21 @@ def test_unlabelled_volumes_are_refused(volumes):
     volumes["u"] = volume_of("u", torch.zeros(1, 2, 40, 48))
     with pytest.raises(WrongUse, match="a volume without a label"):
         loader(volumes)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_maps_are_cut_and_moved_with_the_image_and_keep_their_values(volumes, dims):
+    maps = {name: torch.cat([v.image, -v.image]).to(torch.bfloat16) for name, v in volumes.items()}
+    plain, mapped = loader(volumes, dims, augment=False), loader(volumes, dims, augment=False, maps=maps)
+    for (image, label), (again, label_again, extra) in zip(plain, mapped, strict=True):
+        assert torch.equal(image, again) and torch.equal(label, label_again)
+        assert torch.equal(extra, torch.cat([image, -image], 1).to(torch.bfloat16).float())
+    # augmented: the same places, with intensities of their own
+    for (image, label), (again, label_again, extra) in zip(
+        loader(volumes, dims), loader(volumes, dims, maps=maps), strict=True
+    ):
+        assert torch.equal(image, again) and torch.equal(label, label_again)
+        assert torch.equal(extra[:, 0], -extra[:, 1])
+        for one, other in zip(image[:, 0], extra[:, 0], strict=True):
+            inside = one > one.min() + 0.2 * (one.max() - one.min())  # what came in from outside is another thing
+            assert np.corrcoef(one[inside], other[inside])[0, 1] > 0.9
