@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.loggers import CSVLogger
 
 from medkd_fast.training.checkpoints import KeptCheckpoints, newest_good
 from medkd_fast.training.config import RunConfig, read_yaml
@@ -250,6 +252,17 @@ def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on(tmp_path, config, 
     fit(config, out, resume=True)
     fit(config, tmp_path / "whole")
     assert_same_training(RunFolder(tmp_path / "whole").last, RunFolder(out).last)
+
+
+def test_logs_that_cannot_be_written_are_one_line_too(tmp_path, config, monkeypatch):
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CSVLogger, "log_metrics", full)
+    with pytest.raises(
+        WrongUse, match=r"run cannot be written \(No space left on device\); the last checkpoint is whole"
+    ):
+        fit(config.resolved(epochs=1), tmp_path / "run")
 
 
 def test_resuming_a_finished_run_trains_no_further(tmp_path, config, teacher):
