@@ -37,17 +37,7 @@ def run(name: str, more: list[str]) -> int:
     """Train and compare; exit code of the comparison."""
     recipe, out = RECIPES[name], Path("runs") / f"compare-{name}"
     teacher = out / "teacher-run"
-    train = [
-        "train",
-        name,
-        *recipe["data"],
-        *recipe["teacher"],
-        *recipe["both"],
-        "--seed",
-        "100",
-        "--out",
-        str(teacher),
-    ]
+    train = ["train", name, *recipe["data"], *recipe["teacher"], *recipe["both"], "--seed=100", f"--out={teacher}"]
     code = main([*train, *(["--resume"] if teacher.exists() else [])])
     if code:
         return code
@@ -55,12 +45,26 @@ def run(name: str, more: list[str]) -> int:
     compare = ["compare", name, "--teacher", str(teacher), *recipe["student"], *recipe["both"], "--methods", METHODS]
     code = main([*compare, "--seeds", "3", "--out", str(compared), *more])
     if code != 2:
-        for suffix in ("json", "csv", "md", "png"):
-            shutil.copyfile(compared / f"compare.{suffix}", RESULTS / f"compare-{name}.{suffix}")
-        for picture in ("classes", "overlay"):
-            source = compared / ("overlay.png" if picture == "overlay" else f"compare-{picture}.png")
-            shutil.copyfile(source, RESULTS / f"compare-{name}-{picture}.png")
+        copy_results(compared, name)
     return code
+
+
+def copy_results(compared: Path, name: str) -> None:
+    """Into bench/results: figures as data, the table with its pictures and how to repeat it."""
+    for file in ("compare.json", "compare.csv", "compare.png", "compare-classes.png", "overlay.png"):
+        stem, _, suffix = file.partition(".")
+        part = stem.removeprefix("compare")
+        shutil.copyfile(compared / file, RESULTS / f"compare-{name}{'-' * (part == 'overlay')}{part}.{suffix}")
+    pictures = [
+        f"![Means over the seeds, whiskers of one standard deviation](compare-{name}.png)",
+        f"![Dice class by class](compare-{name}-classes.png)",
+        f"![A slice of every test case, first seed](compare-{name}-overlay.png)",
+    ]
+    text = (compared / "compare.md").read_text(encoding="utf-8")
+    again = (
+        f"`make compare SETS={name}` repeats it; what is trained and for how long is in [compare.py](../compare.py)."
+    )
+    (RESULTS / f"compare-{name}.md").write_text("\n\n".join([text.rstrip(), again, *pictures]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,28 @@ def test_3d_windows(dataset):
     assert found.mean[:3] == (1.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["turned", "flat"])
+def test_files_that_lie_otherwise(tmp_path, flat):
+    """A volume whose axes run to the other sides and are permuted, and a 2-D image: the same scores."""
+    label = np.zeros((5, 16, 12), np.uint8)
+    label[1:4, 3:9, 2:8] = 3
+    for name, array in (("image", np.array(LEVELS, np.float32)[label]), ("label", label)):
+        image = sitk.GetImageFromArray(array[2] if flat else array)
+        image.SetSpacing((0.5, 0.75) if flat else (0.5, 0.75, 3.0))
+        if not flat:
+            image.SetDirection((0.0, 0.0, 1.0, -1.0, 0.0, 0.0, 0.0, -1.0, 0.0))
+        sitk.WriteImage(image, str(tmp_path / f"{name}.mha"))
+    (tmp_path / "classes.json").write_text('{"1": "a", "2": "b", "3": "c", "4": "d"}')
+    (tmp_path / "set.csv").write_text("image,label,case\nimage.mha,label.mha,one\n")
+    found = open_dataset(str(tmp_path / "set.csv"))
+    settings = plan(found, Preprocessing(intensity=("none",), spacing=(None, None, None)))
+    volumes = prepare(found, settings, ["one"])
+    assert evaluate(Oracle(), found, volumes, patch=(16, 16)).cases["one"][3][:3] == (1.0, 0.0, 0.0)
+    # the network moves it along the columns of LPS: x of the flat image, z of the turned one's file
+    moved = evaluate(Oracle(shift=1), found, volumes, patch=(16, 16)).cases["one"][3]
+    assert moved.hd95 == pytest.approx(0.5 if flat else 3.0)
+
+
 def test_wrong_use(dataset):
     volumes = volumes_of(dataset, ["case4"])
     with pytest.raises(WrongUse, match="unknown protocol 'cm': choose from mm, transunet"):

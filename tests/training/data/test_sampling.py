@@ -181,6 +181,25 @@ def test_augmentation_turns_the_slices_of_a_patch_together_and_varies():
     assert len(masks) > 15  # one in ten stays where it is
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("augment", [False, True])
+def test_maps_are_moved_as_the_label_is(volumes, dims, augment):
+    """The logits of a teacher, here of one that knows the label."""
+    maps = {
+        name: torch.nn.functional.one_hot(v.label[0], 3).movedim(-1, 0).to(torch.bfloat16)
+        for name, v in volumes.items()
+    }
+    alike = []
+    plain, with_maps = loader(volumes, dims, augment=augment), loader(volumes, dims, augment=augment, maps=maps)
+    for (image, label), (image_, label_, replayed) in zip(plain, with_maps, strict=True):
+        assert torch.equal(image, image_) and torch.equal(label, label_)
+        assert replayed.shape == (2, 3, *PATCHES[dims]) and replayed.dtype == torch.float32
+        seen = image > image.amin(tuple(range(1, image.dim())), keepdim=True)  # not what came in from outside
+        alike.append((replayed.argmax(1, keepdim=True) == label)[seen].float().mean())
+    # augmented, borders of a class differ: the label takes the nearest voxel, the map lies in between
+    assert min(alike) > (0.95 if augment else 0.999)
+
+
 def test_a_turn_is_a_turn_in_voxels():
     # a thin bar along x in a wide patch keeps its length: the turn is no shear
     from medkd_fast.training.data.sampling import _affine
