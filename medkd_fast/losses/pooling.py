@@ -56,7 +56,7 @@ def _maxima(x: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
 
 
 class MaximaOfPairs(torch.autograd.Function):
-    """Max-pooling by two of an even size, axis by axis, the last one first: twice as fast as PyTorch's, seven times without gradient.
+    """Max-pooling by two of an even size, axis by axis, the last one first: PyTorch's spends most of its time on indices.
 
     As there, the gradient goes to the first of equal pixels.
     """
@@ -84,7 +84,7 @@ class MaximaOfPairs(torch.autograd.Function):
             place, _ = _pairs(place, axis)
         place, stride = place.flatten(), 1
         for second, size in zip(ctx.saved_tensors, reversed(ctx.size), strict=True):
-            place = place + stride * second.flatten(2)
+            place = torch.add(place, second.flatten(2).long(), alpha=stride)
             stride *= size
         v_x = v_y.new_zeros((*v_y.shape[:2], math.prod(ctx.size)))
         return v_x.scatter_(2, place, v_y.flatten(2)).unflatten(2, ctx.size)
