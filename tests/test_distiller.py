@@ -269,7 +269,8 @@ def test_the_teacher_is_nobodys_parameter() -> None:
 
 
 def test_a_dry_run_leaves_no_trace() -> None:
-    teacher, student = pair(student_width=4)
+    teacher, _ = pair()
+    student = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, CLASSES, 1))
     images, _ = batch()
     before, state = copy.deepcopy(student.state_dict()), torch.get_rng_state()
     kd = Distiller(teacher, student, [Term("cwd")], example=images)
@@ -307,6 +308,7 @@ def test_a_trainer_that_calls_the_student_itself() -> None:
         kd.loss(labels)
     with torch.no_grad():
         kd.eval()(images)
+        assert not kd._of_teachers[0].outputs  # predicting costs no teacher
         assert kd.loss(labels) > 0
 
 
@@ -445,6 +447,7 @@ def test_a_cuda_graph_holds_the_whole_step() -> None:
         return value
 
     aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(3):
             step()

@@ -246,3 +246,21 @@ def test_unlabelled_volumes_are_refused(volumes):
     volumes["u"] = volume_of("u", torch.zeros(1, 2, 40, 48))
     with pytest.raises(WrongUse, match="a volume without a label"):
         loader(volumes)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_maps_are_cut_and_moved_with_the_image_and_keep_their_values(volumes, dims):
+    maps = {name: torch.cat([v.image, -v.image]).to(torch.bfloat16) for name, v in volumes.items()}
+    plain, mapped = loader(volumes, dims, augment=False), loader(volumes, dims, augment=False, maps=maps)
+    for (image, label), (again, label_again, extra) in zip(plain, mapped, strict=True):
+        assert torch.equal(image, again) and torch.equal(label, label_again)
+        assert torch.equal(extra, torch.cat([image, -image], 1).to(torch.bfloat16).float())
+    # augmented: the same places, with intensities of their own
+    for (image, label), (again, label_again, extra) in zip(
+        loader(volumes, dims), loader(volumes, dims, maps=maps), strict=True
+    ):
+        assert torch.equal(image, again) and torch.equal(label, label_again)
+        assert torch.equal(extra[:, 0], -extra[:, 1])
+        for one, other in zip(image[:, 0], extra[:, 0], strict=True):
+            inside = one > one.min() + 0.2 * (one.max() - one.min())  # what came in from outside is another thing
+            assert np.corrcoef(one[inside], other[inside])[0, 1] > 0.9
