@@ -122,6 +122,10 @@ def test_loss_is_nnunets_plus_that_of_every_output(
     teacher, loss = integration.Teacher(student), integration.Distillation(student)
     data, targets = one["data"], one["target"]
     assert isinstance(data, torch.Tensor) and isinstance(targets, list)
+    for target in targets:  # a strip to ignore, wherever the loader has drawn the patch
+        target[..., : target.shape[-1] // 4] = IGNORE if kind == "labels" else 0
+        if kind == "regions":
+            target[:, -1:, ..., : target.shape[-1] // 4] = 1
     outputs = student.network(data)
     assert len(outputs) > 1
     assert loss(outputs, targets) == plain(outputs, targets)  # as long as no teacher has spoken: the validation
@@ -142,7 +146,7 @@ def test_loss_is_nnunets_plus_that_of_every_output(
             of_heads = torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q))
             of_heads = of_heads + torch.sigmoid(-p) * (F.logsigmoid(-p) - F.logsigmoid(-q))
             divergence, counts = of_heads.mean(1), ~target[:, -1].bool()
-        assert 0 < counts.sum() < counts.numel() or output.shape[-1] < 16  # some of it is ignored
+        assert 0 < counts.sum() < counts.numel()
         expected = expected + 0.5 * scale * 4 * divergence[counts].mean()
     torch.testing.assert_close(loss(outputs, targets), expected, rtol=1e-4, atol=1e-5)
 
@@ -157,7 +161,7 @@ def test_train_step_learns_from_the_teacher(labels_set: Trained, environment: py
     for _ in range(6):
         student.train_step(one)
     seen = [value.item() for value in student.distillation.seen["kd"]]
-    assert seen[-1] < 0.7 * seen[0], seen
+    assert seen[-1] < 0.9 * seen[0], seen
     assert student.distillation.teacher_logits is None
     assert student.distillation.means()["kd"] == pytest.approx(sum(seen) / 6) and not student.distillation.means()
 
