@@ -160,6 +160,20 @@ def resolve(terms: Sequence[LossTerm], student: Survey, teacher: Survey) -> tupl
     return tuple(_resolved(term, student, teacher) for term in terms)
 
 
+def describe(term: LossTerm) -> str:
+    """A resolved term in words.
+
+    >>> describe(LossTerm("cpkd", 0.3, ("upcat_2",), ("up_layers.1",)))
+    'cpkd, weight 0.3, between upcat_2 and up_layers.1'
+    >>> describe(LossTerm("kd", 1.0, settings={"temperature": 1.0}))
+    'kd, weight 1, between the logits, temperature 1.0'
+    """
+    where = "between the logits"
+    if term.student:
+        where = f"between {', '.join(term.student)} and {', '.join(term.teacher) or 'the logits'}"
+    return ", ".join([f"{term.name}, weight {term.weight:g}", where, *(f"{k} {v}" for k, v in term.settings.items())])
+
+
 def make_distiller(
     terms: Sequence[LossTerm],
     *,

@@ -7,6 +7,7 @@ evaluates it adds scores and pictures.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import platform
@@ -26,7 +27,7 @@ import numpy as np
 import pytorch_lightning as pl
 import SimpleITK as sitk
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -34,13 +35,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import medkd_fast
-from medkd_fast.training.checkpoints import BEST, LAST, KeptCheckpoints, newest_good, read_checkpoint
+from medkd_fast.training.checkpoints import BEST, LAST, KeptCheckpoints, MovableCheckpoint, newest_good, read_checkpoint
 from medkd_fast.training.config import PRECISIONS, RunConfig, read_yaml, write_yaml
 from medkd_fast.training.data.dataset import Dataset, open_dataset
 from medkd_fast.training.data.prepare import Preprocessing, Volume, plan, prepare
 from medkd_fast.training.data.sampling import train_loader
 from medkd_fast.training.data.split import Split, split_by_patient
-from medkd_fast.training.distillation import make_distiller, resolve
+from medkd_fast.training.distillation import describe, make_distiller, resolve
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, sha256, write_json
 from medkd_fast.training.module import CHECKPOINT_KEY, GRADIENT_CLIP, RecordedTeacher, SegmentationModule
@@ -50,6 +51,7 @@ from medkd_fast.training.teacher_cache import record_teacher
 
 LARGEST_PATCH = {2: 256, 3: 96}  # along an axis, where nobody asked for another
 PATCH_MULTIPLE = 16  # what U-Nets of five levels take
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 # what may differ when a run goes on: the teacher counts by its contents, the others do not change what is computed
 _MAY_DIFFER = {"teacher", "workers", "strategy", "accelerator", "compile"}
 
@@ -176,6 +178,8 @@ def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
     run = plan_run(config)
     if first:
         write_folder(run, folder)
+        for term in run.config.losses:
+            print(f"{out.name}: {describe(term)}", file=sys.stderr, flush=True)
     if folder.finished.exists() and resume:
         return out
     found = newest_good(folder.checkpoints) if resume else None
@@ -188,7 +192,15 @@ def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
             trainer = _trainer(run, folder, checkpoints)
         except (MisconfigurationException, ImportError, ValueError) as error:
             raise WrongUse(f"this machine cannot train like that: {' '.join(str(error).split())}") from error
-        trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise WrongUse(
+                f"{folder.path} cannot be written ({error.strerror}); the last checkpoint is whole: make room, or the folder "
+                "writable, and go on with --resume"
+            ) from error
     if trainer.is_global_zero:
         write_json(folder.finished, {"epochs": trainer.current_epoch, "steps": trainer.global_step})
     return out
@@ -476,11 +488,11 @@ def _trainer(run: Plan, folder: RunFolder, checkpoints: KeptCheckpoints) -> pl.T
     # saves only when the best changes.
     where = {"dirpath": folder.checkpoints, "save_on_train_epoch_end": True, "enable_version_counter": False}
     callbacks: list[Callback] = [
-        ModelCheckpoint(filename=folder.last.stem, **where),
+        MovableCheckpoint(filename=folder.last.stem, **where),
         progress_callback(folder.path.name),
     ]
     if run.split.validation:
-        callbacks.insert(0, ModelCheckpoint(filename=folder.best.stem, monitor="val_dice", mode="max", **where))
+        callbacks.insert(0, MovableCheckpoint(filename=folder.best.stem, monitor="val_dice", mode="max", **where))
     if config.patience:
         callbacks.append(Patience(monitor="val_dice", mode="max", patience=config.patience))
     attempts = len(list((folder.path / "logs").glob("version_*")))

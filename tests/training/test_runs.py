@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -9,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.loggers import CSVLogger
 
 from medkd_fast.training.checkpoints import KeptCheckpoints, newest_good
 from medkd_fast.training.config import RunConfig, read_yaml
@@ -252,6 +255,17 @@ def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on(tmp_path, config, 
     assert_same_training(RunFolder(tmp_path / "whole").last, RunFolder(out).last)
 
 
+def test_logs_that_cannot_be_written_are_one_line_too(tmp_path, config, monkeypatch):
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CSVLogger, "log_metrics", full)
+    with pytest.raises(
+        WrongUse, match=r"run cannot be written \(No space left on device\); the last checkpoint is whole"
+    ):
+        fit(config.resolved(epochs=1), tmp_path / "run")
+
+
 def test_resuming_a_finished_run_trains_no_further(tmp_path, config, teacher):
     out = tmp_path / "teacher"
     shutil.copytree(teacher, out)
@@ -264,6 +278,20 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path, config, teacher):
     fit(config, out, resume=True)
     assert_same_training(RunFolder(teacher).last, folder.last)
     assert folder.finished.is_file()
+
+
+def test_a_moved_run_keeps_its_best(tmp_path, config):
+    # a learning rate of 0: no epoch is better than the first
+    config = config.resolved(epochs=2, steps=1, learning_rate=0.0)
+    fit(config, tmp_path / "here")
+    (tmp_path / "here" / "finished.json").unlink()
+    os.replace(tmp_path / "here" / "checkpoints" / "previous.ckpt", tmp_path / "here" / "checkpoints" / "last.ckpt")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(config, tmp_path / "there", resume=True)
+    folder = RunFolder(tmp_path / "there")
+    assert (state(folder.best)["epoch"], state(folder.last)["epoch"]) == (0, 1)
 
 
 def test_patience_stops_early(tmp_path, config):
