@@ -200,6 +200,12 @@ def _record(
             **_scores(scored),
         }
     seeds = list(dict.fromkeys(c.seed for c in cells))
+    config = cells[0].config
+    size = " x ".join(map(str, config.patch or ()))
+    length = (
+        f"Every student was trained for {config.epochs * config.steps} steps of {config.batch_size} inputs of {size}; its score is "
+        "what that gives, not what the network can reach."
+    )
     spread = (
         f"Mean ± standard deviation (n - 1) over {len(seeds)} seeds of the student, which decide first weights, order of the "
         "draws and augmentation. The teacher is one run. All students have the same cases, steps and learning rate."
@@ -214,10 +220,10 @@ def _record(
         "seeds": seeds,
         "cases": list(trained.split.test),
         "classes": list(dataset.classes.values()),
-        "steps": cells[0].config.epochs * cells[0].config.steps,
-        "batch_size": cells[0].config.batch_size,
-        "patch": list(cells[0].config.patch or ()),
-        "notes": [*notes_of(dataset), spread, limits],
+        "steps": config.epochs * config.steps,
+        "batch_size": config.batch_size,
+        "patch": list(config.patch or ()),
+        "notes": [*notes_of(dataset), length, spread, limits],
         "networks": networks,
         "versions": versions(),
     }

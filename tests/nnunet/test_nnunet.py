@@ -79,7 +79,16 @@ def check_student(trained: Trained, predictions: Path) -> None:
 def test_a_teacher_of_other_plans_and_nnunets_own_prediction(labels_set: Trained, tmp_path: Path) -> None:
     said = nnunet(
         labels_set.root,
-        *("nnUNetv2_train", labels_set.number, "2d", 0, "-device", "cpu", "-tr", "nnUNetTrainerDistillTiny"),
+        *(
+            "nnUNetv2_train",
+            labels_set.number,
+            labels_set.configuration,
+            0,
+            "-device",
+            "cpu",
+            "-tr",
+            "nnUNetTrainerDistillTiny",
+        ),
         trainers=TRAINERS,
         MEDKD_FAST_TEACHER=str(labels_set.teacher),
         MEDKD_FAST_LOSS="kd:0.5:temperature=1 cwd:3",
@@ -89,7 +98,7 @@ def test_a_teacher_of_other_plans_and_nnunets_own_prediction(labels_set: Trained
     nnunet(
         labels_set.root,
         *("nnUNetv2_predict", "-i", labels_set.root / "raw" / labels_set.name / "imagesTs", "-o", tmp_path),
-        *("-d", labels_set.number, "-c", "2d", "-f", 0, "-tr", "nnUNetTrainerDistillTiny"),
+        *("-d", labels_set.number, "-c", labels_set.configuration, "-f", 0, "-tr", "nnUNetTrainerDistillTiny"),
         *("-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1),
     )
     check_student(labels_set, tmp_path)
