@@ -19,7 +19,7 @@ from monai.networks.nets import BasicUNet
 from medkd_fast import Distiller, Term
 from medkd_fast.losses import CPKDLoss, DKDLoss
 
-CLASSES, LEVEL, ROUNDS = 9, "upcat_2", 60
+CLASSES, LEVEL, ROUNDS = 9, "upcat_2", 30
 TASK = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
 
 

@@ -403,7 +403,8 @@ def test_the_teacher_is_not_kept_for_the_backward(fused: str) -> None:
 def test_opcheck(fused: str, masked: bool, relation: str, divergence: str) -> None:
     student, teacher = sample()
     mask = torch.rand(2, 6, 7) < 0.7 if masked else None
-    for s, t in ((student.bfloat16(), teacher.float()), (student, teacher)):
+    dtypes = ((student.bfloat16(), teacher.float()), (student, teacher))
+    for s, t in dtypes[:1] if fused in EMULATED else dtypes:
         for reduction in ("mean", "none"):
             args = (s, t, mask, relation, divergence, 0.5, reduction)
             torch.library.opcheck(kernel("channel_relation", fused), args)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from medkd_fast.training.errors import WrongUse
@@ -51,6 +52,21 @@ class KeptCheckpoints(TorchCheckpointIO):
             ) from error
         if path.name == LAST:
             self.last_is_damaged = False
+
+
+class MovableCheckpoint(ModelCheckpoint):
+    """Lightning's, which forgets the best score when a run's folder has been moved before it goes on; this one does not."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.dirpath is not None
+        here = Path(self.dirpath)
+
+        def moved(path: str) -> str:
+            return str(here / Path(path).name) if path else path
+
+        paths = {k: moved(state_dict[k]) for k in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

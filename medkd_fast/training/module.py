@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from monai.losses import DeepSupervisionLoss
+from monai.networks.nets.basic_unet import UpCat
 from torch import Tensor, nn
 
 from medkd_fast.distiller import Distiller
@@ -63,8 +64,14 @@ class SegmentationModule(pl.LightningModule):
 
     def compile_network(self, wanted: bool) -> None:
         """Let torch.compile make the network's forward, and nothing else of it: its parameters keep their names."""
-        if wanted:
-            self.network.compile()
+        if not wanted:
+            return
+        for layer in self.network.modules():
+            # torch 2.13's compiler has the strides of this padding's gradient wrong on a CPU; where every level halves
+            # the patch evenly, nothing is padded
+            if isinstance(layer, UpCat) and all(n % 16 == 0 for n in self.patch):
+                layer.is_pad = False
+        self.network.compile()
 
     def losses(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and, detached, its parts: "task", and "name" and "name/part" of every distillation loss."""

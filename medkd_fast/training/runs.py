@@ -27,7 +27,7 @@ import numpy as np
 import pytorch_lightning as pl
 import SimpleITK as sitk
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import medkd_fast
-from medkd_fast.training.checkpoints import BEST, LAST, KeptCheckpoints, newest_good, read_checkpoint
+from medkd_fast.training.checkpoints import BEST, LAST, KeptCheckpoints, MovableCheckpoint, newest_good, read_checkpoint
 from medkd_fast.training.config import PRECISIONS, RunConfig, read_yaml, write_yaml
 from medkd_fast.training.data.dataset import Dataset, open_dataset
 from medkd_fast.training.data.prepare import Preprocessing, Volume, plan, prepare
@@ -488,11 +488,11 @@ def _trainer(run: Plan, folder: RunFolder, checkpoints: KeptCheckpoints) -> pl.T
     # saves only when the best changes.
     where = {"dirpath": folder.checkpoints, "save_on_train_epoch_end": True, "enable_version_counter": False}
     callbacks: list[Callback] = [
-        ModelCheckpoint(filename=folder.last.stem, **where),
+        MovableCheckpoint(filename=folder.last.stem, **where),
         progress_callback(folder.path.name),
     ]
     if run.split.validation:
-        callbacks.insert(0, ModelCheckpoint(filename=folder.best.stem, monitor="val_dice", mode="max", **where))
+        callbacks.insert(0, MovableCheckpoint(filename=folder.best.stem, monitor="val_dice", mode="max", **where))
     if config.patience:
         callbacks.append(Patience(monitor="val_dice", mode="max", patience=config.patience))
     attempts = len(list((folder.path / "logs").glob("version_*")))

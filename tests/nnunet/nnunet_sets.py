@@ -1,12 +1,13 @@
 """Two tiny nnU-Net data sets cut from the demo's CT, planned and preprocessed by nnU-Net, each with a trained teacher.
 
-"labels" is 2-D, has an ignore label, and its teacher has plans of its own: another spacing, other intensities, more features.
+"labels" is 2-D, has an ignore label and a thin student, and its teacher has plans of its own: another spacing, other intensities.
 "regions" is 3-D, has overlapping regions and an ignore label, and the student has the teacher's plans; it goes all the way that
 the example goes.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -100,15 +101,25 @@ def label_of(values: np.ndarray, like: sitk.Image) -> sitk.Image:
     return image
 
 
+def thin_configuration(preprocessed: Path) -> str:
+    """A configuration with a quarter of the features, beside nnU-Net's own, whose data it shares."""
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    network = copy.deepcopy(plans["configurations"]["2d"]["architecture"])
+    network["arch_kwargs"]["features_per_stage"] = [n // 4 for n in network["arch_kwargs"]["features_per_stage"]]
+    plans["configurations"]["2d_thin"] = {"inherits_from": "2d", "batch_size": 4, "architecture": network}
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+    return "2d_thin"
+
+
 def other_plans(preprocessed: Path) -> str:
-    """Plans as nnU-Net's but of a coarser spacing, wider features and other intensities."""
+    """Plans as nnU-Net's but of a coarser spacing, another width and other intensities."""
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
     plans["plans_name"] = "nnUNetOtherPlans"
     plan = plans["configurations"]["2d"]
-    plan["data_identifier"] = "nnUNetOtherPlans_2d"
+    plan["data_identifier"], plan["batch_size"] = "nnUNetOtherPlans_2d", 4
     plan["spacing"] = [1.25 * value for value in plan["spacing"]]
-    features = plan["architecture"]["arch_kwargs"]
-    features["features_per_stage"] = [n + 8 for n in features["features_per_stage"]]
+    network = plan["architecture"]["arch_kwargs"]
+    network["features_per_stage"] = [n // 2 for n in network["features_per_stage"]]
     of = plans["foreground_intensity_properties_per_channel"]["0"]
     of["mean"], of["std"] = of["mean"] + 30.0, of["std"] * 1.5
     (preprocessed / "nnUNetOtherPlans.json").write_text(json.dumps(plans))
@@ -128,7 +139,8 @@ def labels_with_a_teacher(root: Path) -> Trained:
         *("nnUNetv2_train", number, "2d", 0, "-tr", trainer, "-p", plans, "-device", "cpu"),
         trainers=str(HERE / "trainers"),
     )
-    return Trained(number, name, "2d", root / "results" / name / f"{trainer}__{plans}__2d", "nnUNetPlans", root)
+    thin = thin_configuration(root / "preprocessed" / name)
+    return Trained(number, name, thin, root / "results" / name / f"{trainer}__{plans}__2d", "nnUNetPlans", root)
 
 
 def regions_by_the_example(root: Path) -> Trained:

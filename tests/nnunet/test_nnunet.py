@@ -79,7 +79,16 @@ def check_student(trained: Trained, predictions: Path) -> None:
 def test_a_teacher_of_other_plans_and_nnunets_own_prediction(labels_set: Trained, tmp_path: Path) -> None:
     said = nnunet(
         labels_set.root,
-        *("nnUNetv2_train", labels_set.number, "2d", 0, "-device", "cpu", "-tr", "nnUNetTrainerDistillTiny"),
+        *(
+            "nnUNetv2_train",
+            labels_set.number,
+            labels_set.configuration,
+            0,
+            "-device",
+            "cpu",
+            "-tr",
+            "nnUNetTrainerDistillTiny",
+        ),
         trainers=TRAINERS,
         MEDKD_FAST_TEACHER=str(labels_set.teacher),
         MEDKD_FAST_LOSS="kd:0.5:temperature=1 cwd:3",
@@ -89,7 +98,7 @@ def test_a_teacher_of_other_plans_and_nnunets_own_prediction(labels_set: Trained
     nnunet(
         labels_set.root,
         *("nnUNetv2_predict", "-i", labels_set.root / "raw" / labels_set.name / "imagesTs", "-o", tmp_path),
-        *("-d", labels_set.number, "-c", "2d", "-f", 0, "-tr", "nnUNetTrainerDistillTiny"),
+        *("-d", labels_set.number, "-c", labels_set.configuration, "-f", 0, "-tr", "nnUNetTrainerDistillTiny"),
         *("-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1),
     )
     check_student(labels_set, tmp_path)
@@ -113,6 +122,10 @@ def test_loss_is_nnunets_plus_that_of_every_output(
     teacher, loss = integration.Teacher(student), integration.Distillation(student)
     data, targets = one["data"], one["target"]
     assert isinstance(data, torch.Tensor) and isinstance(targets, list)
+    for target in targets:  # a strip to ignore, wherever the loader has drawn the patch
+        target[..., : target.shape[-1] // 4] = IGNORE if kind == "labels" else 0
+        if kind == "regions":
+            target[:, -1:, ..., : target.shape[-1] // 4] = 1
     outputs = student.network(data)
     assert len(outputs) > 1
     assert loss(outputs, targets) == plain(outputs, targets)  # as long as no teacher has spoken: the validation
@@ -133,7 +146,7 @@ def test_loss_is_nnunets_plus_that_of_every_output(
             of_heads = torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q))
             of_heads = of_heads + torch.sigmoid(-p) * (F.logsigmoid(-p) - F.logsigmoid(-q))
             divergence, counts = of_heads.mean(1), ~target[:, -1].bool()
-        assert 0 < counts.sum() < counts.numel() or output.shape[-1] < 16  # some of it is ignored
+        assert 0 < counts.sum() < counts.numel()
         expected = expected + 0.5 * scale * 4 * divergence[counts].mean()
     torch.testing.assert_close(loss(outputs, targets), expected, rtol=1e-4, atol=1e-5)
 
@@ -148,7 +161,7 @@ def test_train_step_learns_from_the_teacher(labels_set: Trained, environment: py
     for _ in range(6):
         student.train_step(one)
     seen = [value.item() for value in student.distillation.seen["kd"]]
-    assert seen[-1] < 0.7 * seen[0], seen
+    assert seen[-1] < 0.9 * seen[0], seen
     assert student.distillation.teacher_logits is None
     assert student.distillation.means()["kd"] == pytest.approx(sum(seen) / 6) and not student.distillation.means()
 

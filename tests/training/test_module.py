@@ -109,3 +109,20 @@ def test_dice_of_volumes():
     # overlap, predicted, labelled: class 1 is 0.5 in one volume and not labelled in the other, class 2 is 1 and 0
     counts = torch.tensor([[[9, 2, 3], [9, 4, 3], [9, 4, 3]], [[9, 0, 0], [9, 7, 0], [9, 0, 5]]])
     assert mean_dice(counts) == pytest.approx((0.5 + 0.5) / 2)
+
+
+def test_a_compiled_network_teaches_the_same(config, teacher, monkeypatch):
+    """Through the compiler up to its code generation, which takes a minute; layers are caught in the compiled forward."""
+    compiler = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiler(self, backend="aot_eager"))
+    found = []
+    for wanted in (False, True):
+        run = plan_run(config.resolved(losses=("at", "kd"), teacher=str(teacher)))
+        module, batch = build_module(run).train(), next(iter(run.loader()))
+        module.compile_network(wanted)
+        loss = module.losses(batch)[0]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in module.network.parameters())])
+        assert list(module.network.state_dict()) == list(run.network.state_dict())
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -277,6 +278,20 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path, config, teacher):
     fit(config, out, resume=True)
     assert_same_training(RunFolder(teacher).last, folder.last)
     assert folder.finished.is_file()
+
+
+def test_a_moved_run_keeps_its_best(tmp_path, config):
+    # a learning rate of 0: no epoch is better than the first
+    config = config.resolved(epochs=2, steps=1, learning_rate=0.0)
+    fit(config, tmp_path / "here")
+    (tmp_path / "here" / "finished.json").unlink()
+    os.replace(tmp_path / "here" / "checkpoints" / "previous.ckpt", tmp_path / "here" / "checkpoints" / "last.ckpt")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(config, tmp_path / "there", resume=True)
+    folder = RunFolder(tmp_path / "there")
+    assert (state(folder.best)["epoch"], state(folder.last)["epoch"]) == (0, 1)
 
 
 def test_patience_stops_early(tmp_path, config):
