@@ -534,6 +534,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.*deprecated")
         # volumes are mapped copy-on-write
         warnings.filterwarnings("ignore", message=".*given NumPy array is not writable.*")
+        # the validation's counts are reduced over the processes before the Dice is logged
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         yield
 
 
