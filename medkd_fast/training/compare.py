@@ -269,7 +269,9 @@ def _add_costs(record: dict[str, Any], cells: Sequence[Cell], out: Path, *, reti
         for name, cell in first.items():
             run = plan_run(cell.config)
             modules[name] = (build_module(run), next(iter(run.loader())))
-        known = {"about": machine(), "networks": time_networks(modules, rounds=TIMING_ROUNDS)}
+        before = machine()
+        networks = time_networks(modules, rounds=TIMING_ROUNDS)
+        known = {"about": before | {"load_after": machine()["load"]}, "networks": networks}
         write_json(file, known)
     for name, cost in known["networks"].items():
         if name in record["networks"]:
@@ -278,7 +280,9 @@ def _add_costs(record: dict[str, Any], cells: Sequence[Cell], out: Path, *, reti
         record["timing"] = known["about"]
         record["notes"].append(
             "A step is forward, teacher's forward, losses, backward and optimiser; median of {rounds} in turns, on {device}. "
-            "Load of the machine before it: {load:.1f} on {cores} cores.".format(rounds=TIMING_ROUNDS, **known["about"])
+            "Load of the machine: {load:.1f} before, {load_after:.1f} after, on {cores} cores.".format(
+                rounds=TIMING_ROUNDS, **known["about"]
+            )
             + " Peak memory is what a step adds to what is resident."
         )
 

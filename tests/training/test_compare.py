@@ -81,7 +81,7 @@ def test_costs_of_every_student(compared):
     plain, helped = (record["networks"][n] for n in ("student", "student + cpkd:0.2"))
     assert plain["loss_ms"] == 0 and 0 < helped["loss_ms"] < helped["step_ms"]
     assert helped["peak_mib"] >= 0 and record["networks"]["teacher"]["step_ms"] is None
-    assert any("Load of the machine before it" in note for note in record["notes"])
+    assert any("Load of the machine: " in note for note in record["notes"])
 
 
 def test_students_differ_in_the_loss_alone(compared, teacher):
