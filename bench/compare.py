@@ -14,7 +14,7 @@ from medkd_fast.cli import main
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = "kd,cwd,dist,dkd,skd,cirkd,cpkd,dmd"
-# small enough for twelve minutes on two cores; the loss's weights are the defaults of `medkd-fast distill`
+# small, so that two cores do; the losses' weights are the defaults of `medkd-fast distill`
 RECIPES = {
     # axial slices of 64 x 64
     "demo": {
