@@ -127,7 +127,7 @@ class RunConfig:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, such as the config.yaml of a run. Raises WrongUse where it is none."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WrongUse(f"the configuration {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -139,7 +139,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, config: RunConfig) -> None:
     text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    write_atomically(path, lambda p: p.write_text(text))
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,7 @@ from medkd_fast.training.module import SegmentationModule
 from medkd_fast.training.runs import fit
 import torch
 torch.set_num_threads({threads})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was started deaf to it
 train, calls = SegmentationModule.training_step, []
 def training_step(self, *arguments):
     calls.append(0)
