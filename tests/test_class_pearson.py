@@ -240,7 +240,6 @@ def one(rank, path, name):
         got.backward()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     torch.testing.assert_close(part.grad / 2, whole.grad[mine], rtol=1e-10, atol=1e-15)  # DDP takes the mean
-    dist.barrier()  # gloo may hang where one leaves while the other still works
     dist.destroy_process_group()
 
 if __name__ == "__main__":

@@ -490,7 +490,6 @@ def process(rank: int, folder: str) -> None:
         optimiser.step()
     found["end"] = kd.state_dict()
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

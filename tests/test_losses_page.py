@@ -21,13 +21,13 @@ def script() -> ModuleType:
 
 def test_the_page_is_up_to_date() -> None:
     made = script()
-    assert made.DOCUMENT.read_text() == made.page(), (
+    assert made.DOCUMENT.read_text(encoding="utf-8") == made.page(), (
         "docs/losses.md is not what the docstrings say: run `make losses-page`"
     )
 
 
 def test_every_loss_is_named() -> None:
-    page, readme = script().DOCUMENT.read_text(), (ROOT / "README.md").read_text()
+    page, readme = script().DOCUMENT.read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
     sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
     names = {name for name in losses.__all__ if name.endswith("Loss")}
     assert set(sections) == names

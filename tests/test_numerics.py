@@ -21,7 +21,7 @@ def test_contract(cpp: str, name: str, point: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_document_is_complete(name: str) -> None:
     # not byte by byte: the figures are one machine's, and the last digit moves with the instruction set
-    sections = dict(part.split("\n", 1) for part in DOCUMENT.read_text().split("\n## ")[1:])
+    sections = dict(part.split("\n", 1) for part in DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:])
     assert name in sections, "docs/numerics.md has no such section: run `make numerics`"
     for point in POINTS:
         for dtype in DTYPES:

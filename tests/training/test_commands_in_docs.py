@@ -17,7 +17,7 @@ FENCED = re.compile(r"^```\w*.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def lines() -> list[str]:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    blocks = [block for page in pages for block in FENCED.findall(page.read_text())]
+    blocks = [block for page in pages for block in FENCED.findall(page.read_text(encoding="utf-8"))]
     joined = "\n".join(blocks).replace("\\\n", " ")
     return sorted(
         {line.removeprefix("$ ") for line in joined.splitlines() if line.startswith(("medkd-fast ", "$ medkd-fast "))}

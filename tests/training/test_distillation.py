@@ -90,7 +90,7 @@ def test_a_loss_twice_is_a_mistake_but_not_on_other_layers():
 
 
 def test_default_weights_are_those_that_the_page_of_the_losses_names():
-    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
     assert set(DEFAULT_WEIGHTS) == set(LOSSES)
     for name, loss in LOSSES.items():
         (section,) = re.findall(rf"\n## {loss.__name__}\n(.*?)(?=\n## |\Z)", page, flags=re.DOTALL)
