@@ -78,6 +78,12 @@ def composed(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def cuda() -> Iterator[str]:
+    """For what only the CUDA C++ kernels do."""
+    yield from forced("cuda")
+
+
+@pytest.fixture
 def cpp() -> Iterator[str]:
     """For what only the CPU's does."""
     yield from forced("cpp")

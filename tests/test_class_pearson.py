@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from operators import EMULATED, ROUNDING, assert_close, channels_last, in_new_process, over_threads, value_and_gradient
 
-from conftest import forced
 from medkd_fast import class_pearson
 from medkd_fast.backend import kernel
-
-
-@pytest.fixture
-def cuda() -> Iterator[str]:
-    yield from forced("cuda")
-
 
 SHAPES = [(2, 5, 9, 11), (1, 3, 4, 5, 6), (2, 4, 31), (3, 2, 1, 2), (1, 70, 5, 7), (1, 6, 97, 101)]
 
