@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import locale
 import os
 from pathlib import Path
 
@@ -18,14 +17,6 @@ from medkd_fast.training.runs import Plan, fit, plan_run
 WIDTHS = [4, 4, 4, 8, 8, 4]
 CLASSES = {1: "spleen", 2: "gallbladder", 3: "liver", 4: "aorta"}  # no case has a gallbladder
 SIDES = ("train", "train", "train", "validation", "test", "test")
-
-
-@pytest.fixture(autouse=True)
-def kept_locale():
-    """SimpleITK, which writes DICOM in tests only, leaves the process with the locale C: torch.compile reads files by it."""
-    before = locale.setlocale(locale.LC_ALL)
-    yield
-    locale.setlocale(locale.LC_ALL, before)
 
 
 def write_small_data(folder: Path) -> Path:

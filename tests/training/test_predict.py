@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,7 +111,11 @@ def test_a_dicom_series_and_a_slice(teacher, tmp_path):
         writer = sitk.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(series / f"{z}.dcm"))
+        before = locale.setlocale(
+            locale.LC_ALL
+        )  # SimpleITK leaves the locale C, by which torch.compile reads its files
         writer.Execute(one)
+        locale.setlocale(locale.LC_ALL, before)
     outcomes = predict_run(teacher, series, tmp_path / "out")
     assert [(o.case, o.error) for o in outcomes] == [("series", None)]
     assert same_geometry(sitk.ReadImage(str(tmp_path / "out" / "series.nii.gz")), image)

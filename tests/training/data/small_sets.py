@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import zlib
 from pathlib import Path
 
@@ -154,7 +155,11 @@ def write_dicom_series(folder: Path, image: sitk.Image, *, modality="CT", drop=(
         for key, value in tags.items():
             slice_.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{(z * 7) % 24:03d}.dcm"))
+        before = locale.setlocale(
+            locale.LC_ALL
+        )  # SimpleITK leaves the locale C, by which torch.compile reads its files
         writer.Execute(slice_)
+        locale.setlocale(locale.LC_ALL, before)
     return folder
 
 
