@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo compare test test-nnunet wheel fuzz sanitize cuda-report lint bench numerics losses-page docs gpu-check clean
 .DEFAULT_GOAL := help
 help:
-	@echo 'make demo      train a teacher and thin students on a real CT, about eight minutes (make demo ARGS=--quick: two)'
+	@echo 'make demo      train a teacher and thin students on a real CT, about seven minutes (make demo ARGS=--quick: two)'
 	@echo 'make compare   eight methods and three seeds on the two built-in data sets (SETS=demo: one)'
 	@echo 'make test      run the tests'
 	@echo 'make test-nnunet  nnU-Net plans, trains, distils and predicts, in an environment of its own'
