@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,17 +256,15 @@ def survey(network: nn.Module, shape: Sequence[int], *, training: bool = True) -
 
         return hook
 
-    handles, before_it, mode = [], network.training, FakeTensorMode(allow_non_fake_inputs=True)
+    handles, before_it = [], network.training
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     try:
         log.setLevel(logging.CRITICAL)  # it prints a traceback of its own before it raises
         for name, module in network.named_modules():
             handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
-        state = {k: mode.from_tensor(v) for k, v in [*network.named_parameters(), *network.named_buffers()]}
         network.train(training)
-        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = torch.func.functional_call(network, state, (torch.zeros(tuple(shape)),))
+        output = _dry_run(network, shape)
         logits = finest(output, len(shape))
         outputs = frozenset(id(x) for x in (output if isinstance(output, (list, tuple)) else [output]))
     finally:
@@ -319,10 +318,19 @@ def parameter_count(network: nn.Module) -> int:
 
 def multiply_accumulates(network: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulate operations of the convolutions and matrix products of one forward on an input of `shape`."""
-    device = next(network.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(shape, device=device))
+    counter = FlopCounterMode(display=False)
+    _dry_run(network, shape, counter)
     return counter.get_total_flops() // 2
+
+
+def _dry_run(network: nn.Module, shape: Sequence[int], *modes: AbstractContextManager[Any]) -> Any:
+    """What a network gives for made-up values [B, C, *S], with nothing computed: shapes alone. `modes` see its operations."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    state = {k: fake.from_tensor(v) for k, v in [*network.named_parameters(), *network.named_buffers()]}
+    with ExitStack() as stack:
+        for mode in (fake, torch.no_grad(), torch.random.fork_rng(devices=[]), *modes):
+            stack.enter_context(mode)
+        return torch.func.functional_call(network, state, (torch.zeros(tuple(shape)),))
 
 
 def _most_refined_first(network: nn.Module, inputs: Any, output: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import yaml
 
 from medkd_fast import cli
 from medkd_fast.cli import main
+from medkd_fast.losses.catalogue import LOSSES
 from medkd_fast.training import doctor
 from medkd_fast.training.commands import app
 from medkd_fast.training.config import RunConfig, merged, read_yaml
@@ -35,6 +37,12 @@ def test_help_has_an_example(command, capsys):
         pages.append(capsys.readouterr().out)
     assert pages[0] == pages[1]
     assert f"Example: medkd-fast {command}" in pages[0]
+
+
+def test_help_of_distill_names_every_loss(capsys):
+    assert main(["distill", "--help"]) == 0
+    words = re.findall(r"\w+", capsys.readouterr().out.partition("Names:")[2])
+    assert set(LOSSES) <= set(words)
 
 
 def test_help_lists_the_commands(capsys):
