@@ -64,6 +64,39 @@ STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) {
   // The relation matrix itself, [B, N, N], in the type of the arithmetic.
   m.def("pixel_affinity_" MEDKD_BACKEND "(Tensor x, str relation) -> Tensor affinity");
   m.def("pixel_affinity_backward_" MEDKD_BACKEND "(Tensor x, Tensor upstream, str relation) -> Tensor gradient");
+  // Outputs: the map [B, *S] in the type of the arithmetic, and the norms that its images were divided by, [B], double.
+  m.def(
+      "attention_map_" MEDKD_BACKEND "(Tensor x, Tensor? mask, float power) -> (Tensor map, Tensor norms)");
+  m.def(
+      "attention_map_backward_" MEDKD_BACKEND "(Tensor x, Tensor? mask, Tensor map, Tensor norms, Tensor upstream, float power) "
+      "-> Tensor gradient");
+  // Outputs: means [B, K, C] in the type of the arithmetic, and the numbers of pixels [B, K], int64.
+  m.def(
+      "class_means_" MEDKD_BACKEND "(Tensor x, Tensor target, int num_classes, int ignore_index) "
+      "-> (Tensor means, Tensor counts)");
+  m.def(
+      "class_means_backward_" MEDKD_BACKEND "(Tensor x, Tensor target, Tensor counts, Tensor upstream, int ignore_index) "
+      "-> Tensor gradient");
+  // Outputs: the map [B, *S]; prototypes [B, K, C], numbers of pixels [B, K] and 1 / max(norm, 1e-8) of every pixel [B, *S].
+  m.def(
+      "class_similarity_" MEDKD_BACKEND "(Tensor x, Tensor target, int num_classes, int ignore_index) "
+      "-> (Tensor similarity, Tensor means, Tensor counts, Tensor inverse)");
+  m.def(
+      "class_similarity_backward_" MEDKD_BACKEND "(Tensor x, Tensor target, Tensor similarity, Tensor means, Tensor counts, "
+      "Tensor inverse, Tensor upstream, int ignore_index) -> Tensor gradient");
+  // Sums over all pixels [1 + 5C]; from them the loss, in float if `single`, and what the gradient takes, [4C]: factors of the
+  // student and the teacher, and their means. All else is double.
+  m.def("standardised_mse_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask) -> Tensor sums");
+  m.def(
+      "standardised_mse_terms_" MEDKD_BACKEND "(Tensor sums, bool single) -> (Tensor loss, Tensor coefficients)");
+  m.def(
+      "standardised_mse_backward_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor? mask, Tensor coefficients, "
+      "Tensor upstream) -> Tensor gradient");
+  // Outputs: the maxima [B, C, *P] in x's type, and of each its pixel's place in the window, in the order of a contiguous
+  // window, or -1 where no pixel counts, int16.
+  m.def("max_pool_" MEDKD_BACKEND "(Tensor x, Tensor? mask, int[] window) -> (Tensor pooled, Tensor place)");
+  m.def(
+      "max_pool_backward_" MEDKD_BACKEND "(Tensor x, Tensor place, Tensor upstream, int[] window) -> Tensor gradient");
   // gradient *= upstream * scale, in place, in the type of the arithmetic.
   m.def("scale_gradient_" MEDKD_BACKEND "(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()");
 }

@@ -5,16 +5,23 @@ from importlib.metadata import PackageNotFoundError, version
 from medkd_fast.backend import set_backend, use_backend
 from medkd_fast.distiller import Distiller, Term
 from medkd_fast.functional import (
+    ClassMeans,
     ClassPearson,
     DecoupledKL,
+    MaxPool,
+    attention_map,
     channel_gram,
     channel_relation,
     class_kl,
+    class_means,
     class_pearson,
+    class_similarity,
     decoupled_kl,
+    max_pool,
     pixel_affinity,
     pixel_relation,
     spatial_kl,
+    standardised_mse,
 )
 
 try:
@@ -23,18 +30,25 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ClassMeans",
     "ClassPearson",
     "DecoupledKL",
     "Distiller",
+    "MaxPool",
     "Term",
+    "attention_map",
     "channel_gram",
     "channel_relation",
     "class_kl",
+    "class_means",
     "class_pearson",
+    "class_similarity",
     "decoupled_kl",
+    "max_pool",
     "pixel_affinity",
     "pixel_relation",
     "set_backend",
     "spatial_kl",
+    "standardised_mse",
     "use_backend",
 ]

@@ -28,6 +28,11 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "pixel_relation": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_pearson": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "attention_map": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "class_means": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "class_similarity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "standardised_mse": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "max_pool": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
 }
 
 
