@@ -7,11 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import assert_close, value_and_gradient
+from operators import assert_close
 from test_losses_of_logits import SIZES, check, labels
 
 from medkd_fast.losses import ATLoss, CIRKDLoss, FitNetLoss, ICKDLoss, IFVDLoss, PKDLoss, SKDLoss, SPLoss
-from medkd_fast.losses.pooling import max_pooled
 
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 
@@ -231,15 +230,6 @@ def test_fitnet(composed: str, size: tuple[int, ...], masked: bool) -> None:
         return squared.mean() if target is None else squared.movedim(1, -1)[target != -100].mean()
 
     check(lambda x: loss(x, teacher, target), formula, student)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 2, 2, 4, 6), (2, 3, 5, 7)], ids=str)
-def test_max_pooling_is_that_of_torch(shape: tuple[int, ...]) -> None:
-    x = torch.randint(0, 3, shape).double()  # many equal pixels
-    upstream = torch.randn_like(pool(x))
-    value, gradient = value_and_gradient(lambda x: max_pooled(x, 2, None)[0], x, upstream)
-    want, want_gradient = value_and_gradient(pool, x, upstream)
-    assert torch.equal(value, want) and torch.equal(gradient, want_gradient)
 
 
 def pool(x: torch.Tensor) -> torch.Tensor:

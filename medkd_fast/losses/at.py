@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast.losses import common
-from medkd_fast.losses.attention import attention_map, check_power
+from medkd_fast.losses.attention import attention_difference, check_power
 
 
 class ATLoss(common.DistillationLoss):
@@ -47,14 +47,3 @@ class ATLoss(common.DistillationLoss):
         loss = attention_difference(student, teacher, self.p, self.reduction, mask)
         self.parts = {"attention": loss.detach()}
         return loss
-
-
-def attention_difference(
-    student: torch.Tensor, teacher: torch.Tensor, p: float, reduction: str, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Squared difference of the two attention maps, over pixels and images as `reduction` says."""
-    squared = (attention_map(student, p, mask) - attention_map(teacher, p, mask)).square()
-    if reduction == "sum":
-        valid = squared.shape[0] if mask is None else mask.flatten(1).any(1).sum().clamp(min=1)
-        return squared.sum() / valid
-    return common.mean_over(squared, None if mask is None else mask.flatten(1))

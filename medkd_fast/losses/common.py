@@ -119,11 +119,15 @@ def counted(target: torch.Tensor | None, like: torch.Tensor, ignore_index: int) 
     return None if target is None else resized_labels(target, like) != ignore_index
 
 
-def mean_over(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean of `value` [B, *S] over the pixels that count; without any, 0 with gradient 0."""
-    if mask is None:
-        return value.mean()
-    return torch.where(mask, value, 0).sum() / mask.sum().clamp(min=1)
+def squared_difference(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The sum of squared differences, in the wider of the two types."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return F.mse_loss(student.to(dtype), teacher.to(dtype), reduction="sum")
+
+
+def mean_square(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean squared difference of two maps [B, *S], both 0 at pixels that do not count, over the others; without any, 0."""
+    return squared_difference(student, teacher) / (student.numel() if mask is None else mask.sum().clamp(min=1))
 
 
 def check_classes(num_classes: int, at_least: int = 1) -> None:

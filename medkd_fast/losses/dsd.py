@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from medkd_fast import functional
 from medkd_fast.losses import common, pooling
-from medkd_fast.losses.attention import attention_map
 
 
 class DSDLoss(common.DistillationLoss):
@@ -95,10 +94,12 @@ class DSDLoss(common.DistillationLoss):
         size = tuple(min(sizes) for sizes in zip(*(x.shape[2:] for x in (*students, *teachers)), strict=True))
         students, teachers = ([common.to_size(x, size) for x in layers] for layers in (students, teachers))
         mask = common.counted(target, students[0], self.ignore_index)
-        maps_s, maps_t = ([attention_map(x, 2, mask) for x in layers] for layers in (students, teachers))
-        counts = None if mask is None else mask.flatten(1)
-        terms = [
-            common.mean_over((F.normalize(s_2 - s_1, dim=1) - F.normalize(t_2 - t_1, dim=1)).square(), counts)
-            for (s_1, t_1), (s_2, t_2) in itertools.combinations(zip(maps_s, maps_t, strict=True), 2)
-        ]
-        return torch.stack(terms).mean()
+        residual_s, residual_t = (self._residuals(layers, mask) for layers in (students, teachers))
+        counts = None if mask is None else mask.flatten(1).repeat(len(residual_s) // len(mask), 1)
+        return common.mean_square(residual_s, residual_t, counts)
+
+    @staticmethod
+    def _residuals(layers: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+        """Of every two layers the difference of their attention maps, of unit norm: [pairs · B, N]."""
+        maps = [functional.attention_map(x, mask=mask).flatten(1) for x in layers]
+        return F.normalize(torch.cat([second - first for first, second in itertools.combinations(maps, 2)]), dim=1)

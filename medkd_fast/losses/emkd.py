@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from medkd_fast import functional
 from medkd_fast.losses import common
-from medkd_fast.losses.at import attention_difference
-from medkd_fast.losses.prototypes import class_labels, class_means, kept
+from medkd_fast.losses.attention import attention_difference
 
 
 class EMKDLoss(common.DistillationLoss):
@@ -28,8 +26,8 @@ class EMKDLoss(common.DistillationLoss):
 
     Weight: 1, with the weights of the parts that are the defaults (the authors').
 
-    Cost: one pass over logits and features, one product of C × V × classes for each layer, and their backward; memory: the
-    gradients, and classes × V numbers for a layer.
+    Cost: one pass over the logits, two over each layer, and their backward; memory: the gradients, maps of one channel and
+    classes × C numbers for a layer.
 
     Args:
         num_classes: number of classes in the labels.
@@ -99,18 +97,19 @@ class EMKDLoss(common.DistillationLoss):
 
     def _region(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         common.check_dims(student, teacher)
-        cosine_s, there_s = self._contrast(student, target)
-        cosine_t, there_t = self._contrast(teacher, target)
-        there = (there_s & there_t).triu(1)
-        squared = torch.where(there, (cosine_s - cosine_t).square(), 0).sum((1, 2))
-        images = there.flatten(1).any(1).sum()
-        return (squared / there.sum((1, 2)).clamp(min=1)).sum() / images.clamp(min=1)
+        (means_s, there_s), (means_t, there_t) = self._regions(student, target), self._regions(teacher, target)
+        there = there_s & there_t
+        # of a class that is absent in one network the mean is taken for 0 in both: no cosine with it differs
+        cosine_s, cosine_t = (
+            functional.channel_gram(torch.where(there.unsqueeze(2), means, 0)) for means in (means_s, means_t)
+        )
+        squared = (cosine_s - cosine_t).square().sum((1, 2))  # every pair twice
+        number = there.sum(1)
+        pairs = number * (number - 1)
+        return (squared / pairs.clamp(min=1)).sum() / (pairs > 0).sum().clamp(min=1)
 
-    def _contrast(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines [B, K, K] between the classes' mean features, and where both are there."""
-        labels = class_labels(target, x, self.num_classes, self.ignore_index)
-        with torch.autocast(x.device.type, enabled=False):
-            means, counts = class_means(kept(x, labels), labels, self.num_classes, 0.0)
-            means = F.normalize(means, dim=1, eps=1e-8)
-            there = counts > 0
-            return means.mT @ means, there.unsqueeze(1) & there.unsqueeze(2)
+    def _regions(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean features [B, K, C] of the classes, and which are there."""
+        labels = common.resized_labels(target, x)
+        means, counts = functional.class_means(x, labels, num_classes=self.num_classes, ignore_index=self.ignore_index)
+        return means, counts > 0

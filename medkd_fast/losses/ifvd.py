@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from medkd_fast import functional
 from medkd_fast.losses import common
-from medkd_fast.losses.prototypes import class_labels, class_means, kept
 
 
 class IFVDLoss(common.DistillationLoss):
@@ -19,8 +19,8 @@ class IFVDLoss(common.DistillationLoss):
 
     Weight: 200 in the authors' code, 20 in CIRKD's tables, on features before the classifier.
 
-    Cost: two products of C × V × classes each for student and teacher, and their backward; memory: the gradient, and classes
-    × V numbers for each network.
+    Cost: two passes over student and teacher, two over the student backward; memory: the gradient, two maps of one channel and
+    classes × C numbers for each network.
 
     Args:
         num_classes: number of classes in the labels.
@@ -45,22 +45,11 @@ class IFVDLoss(common.DistillationLoss):
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """student, teacher: features [B, C, *S]; target: labels, of any size."""
         student, teacher = common.to_common_size(student, teacher)
-        target = class_labels(target, student, self.num_classes, self.ignore_index)
-        with torch.autocast(student.device.type, enabled=False):
-            difference = self._closeness(student, target) - self._closeness(teacher, target)
-        loss = common.mean_over(difference.square(), target >= 0)
+        labels = common.resized_labels(target, student)
+        map_s, map_t = (
+            functional.class_similarity(x, labels, num_classes=self.num_classes, ignore_index=self.ignore_index)
+            for x in (student, teacher)
+        )
+        loss = common.mean_square(map_s, map_t, labels != self.ignore_index)
         self.parts = {"variation": loss.detach()}
         return loss
-
-    def _closeness(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cosine [B, N] of every pixel with its class's mean, each norm at least 1e-8."""
-        x = kept(x, target)
-        means, _ = class_means(x, target, self.num_classes, 1e-6)
-        own = target.clamp(min=0)
-        products = (means.mT @ x).gather(1, own.unsqueeze(1)).squeeze(1)
-        return products / (_norm(means).gather(1, own) * _norm(x))
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """max(L2 norm over dimension 1, 1e-8), with gradient 0 below that."""
-    return x.square().sum(1).clamp_min(1e-16).sqrt()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from medkd_fast import functional
 from medkd_fast.losses import common
 
 
@@ -20,7 +20,7 @@ class PKDLoss(common.AdaptedLoss):
 
     Weight: 6 for two-stage detectors, 10 for one-stage ones, on the neck's features.
 
-    Cost: two passes over student and teacher and the backward in plain PyTorch; memory: the gradient and about three maps.
+    Cost: one pass over student and teacher, another backward; memory: the gradient.
 
     Args:
         student_channels, teacher_channels: where they differ, a 1×1 convolution on the student; train it along.
@@ -55,37 +55,9 @@ class PKDLoss(common.AdaptedLoss):
         """student, teacher: features [B, C, *S]; target: labels, of any size."""
         student = common.adapted(self.adapter, common.to_teacher_size(student, teacher), teacher, self)
         mask = common.counted(target, teacher, self.ignore_index)
-        s, t = (common.wide(x).flatten(2) for x in (student, teacher))
-        if mask is not None:
-            mask = mask.flatten(1).unsqueeze(1)
-        s, number = self._standardised(s, mask)
-        t, _ = self._standardised(t, mask)
-        loss = 0.5 * F.mse_loss(s, t, reduction="sum") / (number * s.shape[1]).clamp(min=1)
+        group = None
+        if self.sync and torch.distributed.is_initialized():
+            group = self.process_group or torch.distributed.group.WORLD
+        loss = 0.5 * functional.standardised_mse(student, teacher, mask=mask, process_group=group)
         self.parts = {"correlation": loss.detach()}
         return loss
-
-    def _standardised(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` [N, C, V] standardised, 0 where a pixel does not count; the number of pixels of the mean process."""
-        if mask is None:
-            number = x.new_full((1,), x.shape[0] * x.shape[2])
-        else:
-            number, x = mask.sum().to(x.dtype).reshape(1), torch.where(mask, x, 0)
-        total, processes = self._reduced(torch.cat([x.sum((0, 2)), number]))
-        number = total[-1].detach()
-        x = x - (total[:-1] / number.clamp(min=1)).unsqueeze(1)
-        if mask is not None:
-            x = torch.where(mask, x, 0)
-        squares, _ = self._reduced(x.square().sum((0, 2)))
-        variance = squares / (number - 1).clamp(min=1)
-        varies = variance > 0
-        deviation = torch.where(varies, torch.where(varies, variance, 1).sqrt(), 0) + 1e-6
-        return x * (1 / deviation).unsqueeze(1), number / processes
-
-    def _reduced(self, sums: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Sums over the processes with sync, with gradient, and how many there are."""
-        if not self.sync or not torch.distributed.is_initialized():
-            return sums, 1
-        from torch.distributed.nn.functional import all_reduce
-
-        group = self.process_group or torch.distributed.group.WORLD
-        return all_reduce(sums, group=group), torch.distributed.get_world_size(group)

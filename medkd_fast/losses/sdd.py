@@ -8,7 +8,7 @@ import torch
 
 from medkd_fast import functional
 from medkd_fast.losses import common
-from medkd_fast.losses.prototypes import class_labels
+from medkd_fast.ops.common import check_labels
 
 
 class SDDLoss(common.DistillationLoss):
@@ -74,7 +74,9 @@ class SDDLoss(common.DistillationLoss):
             labels = target.long().unsqueeze(1).expand(-1, regions)
             s, t = (self._averages(x, None) for x in (student, teacher))
         else:
-            dense = class_labels(target, teacher, classes, self.ignore_index).unflatten(1, teacher.shape[2:])
+            dense = common.resized_labels(target, teacher)
+            check_labels(dense, classes, self.ignore_index)
+            dense = torch.where(dense == self.ignore_index, -1, dense.long())
             labels = self._majorities(dense, classes)
             s = self._averages(student, common.counted(target, student, self.ignore_index))
             t = self._averages(teacher, dense >= 0)

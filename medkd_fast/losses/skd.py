@@ -47,8 +47,8 @@ class SKDLoss(common.DistillationLoss):
         """student, teacher: features [B, C, *S]; target: labels, of any size."""
         student, teacher = common.to_common_size(student, teacher)
         mask = common.counted(target, student, self.ignore_index)
-        student, left = pooling.max_pooled(student, self.pool, mask)
-        teacher, _ = pooling.max_pooled(teacher, self.pool, mask)
+        student, left = functional.max_pool(student, self.pool, mask=mask)
+        teacher, _ = functional.max_pool(teacher, self.pool, mask=mask)
         relation = "cosine"
         if self.detach_norm:
             student, teacher = _over_detached_norm(student), _over_detached_norm(teacher)
