@@ -82,8 +82,8 @@ fuzz: .venv/test-$(KEY)
 # A copy of the package with a library of its own, tested from its folder, where Python finds it first. Left out: compilation,
 # which is slow and not ours, and a measurement of memory, which the sanitizer has its own of. Its report is lost when pytest
 # captures the descriptors.
-OPERATOR_TESTS = $(wildcard tests/test_*_kl.py tests/test_*relation*.py tests/test_*gram.py tests/test_*affinity.py)
-OPERATOR_TESTS += tests/test_pixel_loss.py tests/test_class_pearson.py tests/test_fuzz.py tests/test_threads.py
+OPERATOR_TESTS = $(wildcard $(patsubst medkd_fast/reference/%.py,tests/test_%.py,$(wildcard medkd_fast/reference/*.py)))
+OPERATOR_TESTS += tests/test_pixel_loss.py tests/test_fuzz.py tests/test_threads.py
 sanitize: .venv/test-$(KEY)
 	MEDKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
