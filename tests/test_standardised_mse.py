@@ -134,7 +134,9 @@ def test_constant_channels(backend: str, level: float, dtype: torch.dtype) -> No
 
 def test_one_pixel(backend: str) -> None:
     """Nothing varies."""
-    value, gradient = value_and_gradient(lambda x: standardised_mse(x, torch.randn(1, 3, 1, 1)), torch.randn(1, 3, 1, 1))
+    value, gradient = value_and_gradient(
+        lambda x: standardised_mse(x, torch.randn(1, 3, 1, 1)), torch.randn(1, 3, 1, 1)
+    )
     assert value == 0 and (gradient == 0).all()
 
 
