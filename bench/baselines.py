@@ -128,3 +128,25 @@ class RowsOfPixels(torch.autograd.Function):
 def plain_pixel_relation_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     s, t = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
     return RowsOfPixels.apply(s, t, temperature)
+
+
+def published_standardised_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Both networks standardised, channel by channel."""
+
+    def standardised(x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(0, 1).flatten(1)
+        return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
+
+    return F.mse_loss(standardised(student), standardised(teacher))
+
+
+def plain_standardised_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """From variances and the covariance, so that nothing but the centred teacher is made of every pixel."""
+    over = [0, *range(2, student.dim())]
+    number = student.numel() // student.shape[1]
+    variance_s = student.var(over)
+    variance_t, mean_t = torch.var_mean(teacher, over, keepdim=True)
+    covariance = (student * (teacher - mean_t)).sum(over) / (number - 1)
+    a, b = variance_s.sqrt() + 1e-6, variance_t.flatten().sqrt() + 1e-6
+    value = variance_s / a.square() + variance_t.flatten() / b.square() - 2 * covariance / (a * b)
+    return value.mean() * ((number - 1) / number)

@@ -128,6 +128,20 @@ def relation(
     return work
 
 
+def standardised(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Work:
+    """standardised_mse. Statistics over the batch: both networks are read for them, and again for the gradient."""
+    student, teacher, _ = _inputs(shape, None, layout, dtype)
+    call = partial(medkd_fast.standardised_mse, student, teacher)
+    work = Work("standardised_mse", _title("standardised_mse", shape, None, layout, dtype), student, call)
+    for kind in ("published", "plain"):
+        work.variants[kind] = getattr(baselines, f"{kind}_standardised_mse"), (student, teacher)
+    work.bytes = 5 * work.student_bytes
+    work.input_bytes = 2 * work.student_bytes
+    if (layout, dtype) != ("contiguous", torch.float32):
+        work.ordinary = standardised(shape)
+    return work
+
+
 def host(make: Callable[[], Work]) -> Work:
     work = make()
     work.name += " host"
@@ -155,6 +169,7 @@ SMALL: dict[str, Callable[..., Work]] = {
     "channel_relation": partial(relation, "channel_relation"),
     "pixel_relation": partial(relation, "pixel_relation"),
     "pixel_relation_kl": partial(relation, "pixel_relation", divergence="kl"),
+    "standardised_mse": standardised,
 }
 CPU_WORKS: dict[str, Callable[[], Work]] = {
     "decoupled_kl": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224)),
@@ -178,6 +193,10 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
         "pixel_relation", (2, 64, 64, 64), divergence="kl", layout="channels_last"
     ),
     "pixel_relation_kl_3d": lambda: few_rounds(relation("pixel_relation", (1, 16, 24, 24, 24), divergence="kl")),
+    "standardised_mse": lambda: standardised((2, 64, 64, 64)),
+    "standardised_mse_bf16": lambda: standardised((2, 64, 64, 64), dtype=BF16),
+    "standardised_mse_channels_last": lambda: standardised((2, 64, 64, 64), layout="channels_last"),
+    "standardised_mse_3d": lambda: standardised((1, 32, 48, 48, 48)),
     **{f"{name}_small": partial(make, (1, 4, 32, 32)) for name, make in SMALL.items()},
     **{f"{name}_64": partial(make, (1, 4, 64, 64)) for name, make in SMALL.items()},
 }
@@ -193,6 +212,8 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "pixel_relation_bf16": lambda: relation("pixel_relation", (16, 64, 128, 128), dtype=BF16),
     "pixel_relation_kl_bf16": lambda: relation("pixel_relation", (4, 64, 128, 128), divergence="kl", dtype=BF16),
     "pixel_relation_kl_volume": volume,
+    "standardised_mse": lambda: standardised((16, 64, 128, 128)),
+    "standardised_mse_bf16": lambda: standardised((16, 64, 128, 128), dtype=BF16),
     **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
 }
 WORKS = GPU_WORKS if machine.GPU else CPU_WORKS

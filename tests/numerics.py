@@ -177,6 +177,14 @@ def class_pearson(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor)
     return medkd_fast.class_pearson(student, teacher, temperature=TEMPERATURE).loss
 
 
+def standardised_mse(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return medkd_fast.standardised_mse(student, teacher)
+
+
+def plain_standardised_mse(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return baselines.plain_standardised_mse(student, teacher)
+
+
 SETTINGS = {
     setting.name: setting
     for setting in (
@@ -203,6 +211,7 @@ SETTINGS = {
         relation("pixel_relation", "gram", "kl"),
         Setting("spatial_kl", spatial_kl, by_definition(spatial_kl), partial(draw_features, "channels")),
         Setting("class_pearson", class_pearson, by_definition(class_pearson), partial(draw_logits, None)),
+        Setting("standardised_mse", standardised_mse, plain_standardised_mse, partial(draw_features, "channels")),
     )
 }
 

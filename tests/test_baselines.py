@@ -54,3 +54,14 @@ def test_pixel_relation_kl(kind: str) -> None:
     value, gradient = value_and_gradient(lambda x: baseline(x, teacher), student, torch.tensor(2.0))
     assert_close(value, want, 1e-12)
     assert_close(gradient, want_gradient, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+@pytest.mark.parametrize("size", [(6, 7), (3, 4, 5)], ids=["2d", "3d"])
+def test_standardised_mse(kind: str, size: tuple[int, ...]) -> None:
+    student, teacher = (3 * torch.randn(2, 5, *size, dtype=torch.float64) + 1 for _ in range(2))
+    want, want_gradient = value_and_gradient(lambda x: medkd_fast.standardised_mse(x, teacher), student)
+    baseline = getattr(baselines, f"{kind}_standardised_mse")
+    value, gradient = value_and_gradient(lambda x: baseline(x, teacher), student)
+    assert_close(value, want, 1e-12)
+    assert_close(gradient, want_gradient, 1e-12)

@@ -12,6 +12,8 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
   rounded to ε·size, in the definition too: so the neighbours of a pixel get a share where its weight for them is 0.
 * Correlations of probabilities. The error of u moves q = p − 1/C by K·ε·(p + 2U·p·(1 − p) + 1/C), and through q all that is made of
   it (`correlation_moved`). A vector as short as its error has no direction: then little more than no NaN is asked for.
+* Standardised features. Sums and coefficients are made in fp64: their roundings count 2^-53, times what a channel's mean square
+  is to its variance (`standardised_bounds`).
 * Relations. Sums round in proportion to what they sum: K·ε times the size that the relation, the loss and a row's gradient
   have where student and teacher disagree (`sizes_of`; 1, 1 and 4 / (rows·n) for the mean of squared differences of cosines of
   rows of norm n), and K·ε times the condition of the call on top, measured: by how much more the definition in fp64 changes
@@ -130,7 +132,7 @@ def tensors(call: Call) -> Tensors:
     if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
-    if call.operator in (*KINDS, "spatial_kl"):
+    if call.operator in (*KINDS, "spatial_kl", "standardised_mse"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
@@ -147,6 +149,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
         return medkd_fast.pixel_affinity(x, **call.settings)
     if call.operator == "channel_gram":
         return medkd_fast.channel_gram(x, mask=drawn.mask, **call.settings)
+    if call.operator == "standardised_mse":
+        return medkd_fast.standardised_mse(x, teacher, mask=drawn.mask)
     settings = {**call.settings, "reduction": call.reduction}
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
@@ -292,6 +296,34 @@ def pearson_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds
     return Bounds(value / unit, gradient / unit, undefined)
 
 
+def standardised_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    """With deviations a, b: an error δ of a channel's sums, relative to its variance, moves the factors 2 / a² and 2 / (ab) by δ of
+    themselves; the gradient's terms, of which the means are a part, are rounded one by one."""
+    gradient = torch.zeros(drawn.student.shape, dtype=torch.float64)
+    undefined = torch.zeros_like(gradient, dtype=torch.bool)
+    number = int(drawn.keep.sum())
+    if not number:
+        return Bounds(torch.zeros((), dtype=torch.float64), gradient, undefined)
+    unit = torch.finfo(torch.float64 if double(call) else torch.float32).eps / 2
+    s, t = (x.double().movedim(1, 0)[:, drawn.keep] for x in drawn[:2])  # [C, pixels that count]
+    deviations, condition = [], torch.zeros(call.channels, 1, dtype=torch.float64)
+    size = torch.zeros((), dtype=torch.float64)
+    for x in (s, t):
+        square, around = (y.square().sum(1, keepdim=True) for y in (x, x - x.mean(1, keepdim=True)))
+        varies = around > 1e-14 * square
+        condition += torch.where(varies, square / around.clamp(min=1e-300), 1)
+        deviations.append(torch.where(varies, around / max(number - 1, 1), 0).sqrt() + 1e-6)
+        size = size + torch.where(varies, around, 0) / deviations[-1].square()
+    a, b = deviations
+    value = (4 * condition * size).mean() / number
+    factor = 2 / (number * call.channels * a)
+    terms = sum(x.abs() + x.abs().mean(1, keepdim=True) for x in (s, t))
+    moved = condition * ((s - s.mean(1, keepdim=True)).abs() / a + (t - t.mean(1, keepdim=True)).abs() / b)
+    error = upstream.double().abs() * factor * (moved + terms * (1 / a + 1 / b))
+    gradient.movedim(1, 0)[:, drawn.keep] = error
+    return Bounds(value * 2.0**-53 / unit, gradient * 2.0**-53 / unit, undefined)
+
+
 def rows_of(call: Call, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the rows that the relation multiplies, [B, rows]: norms, and by how much a relation changes with a row's entry."""
     relation = call.settings["relation"]
@@ -367,6 +399,7 @@ BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
     "class_kl": logit_bounds,
     "spatial_kl": spatial_bounds,
     "class_pearson": pearson_bounds,
+    "standardised_mse": standardised_bounds,
 }
 
 
@@ -494,6 +527,14 @@ def pearson_calls(draw: st.DrawFn) -> Call:
     return Call(**drawn, settings=settings)
 
 
+@st.composite
+def standardised_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("standardised_mse", (700, 32, 11)).items()}
+    if draw(st.integers(0, 9)) == 0:
+        drawn["channels"] = 1
+    return Call(**drawn | {"reduction": "mean"}, settings={}, zero_rows=draw(st.integers(0, 3)) == 0)
+
+
 #: What the relations are built for, with the divergences of the losses.
 KINDS: dict[str, list[tuple[str, str | None]]] = {
     "channel_relation": [(relation, "mse") for relation in ("cosine", "pearson", "gram", "row", "softmax")]
@@ -530,6 +571,7 @@ CALLS: dict[str, tuple[st.SearchStrategy[Call], float]] = {
 }
 CALLS["spatial_kl"] = spatial_calls(), 1 / 8
 CALLS["class_pearson"] = pearson_calls(), 1 / 8
+CALLS["standardised_mse"] = standardised_calls(), 1 / 8
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))

@@ -176,6 +176,14 @@ struct PearsonLoops {
 };
 
 template <typename A>
+struct StandardisedLoops {
+  // adds to five sums of every channel from first_row to last_row, [5, C]
+  void (*sums)(const Relation&, const RelationPart&, double* sums);
+  // from three factors a channel, [3, C]
+  void (*gradient)(const Relation&, const RelationPart&, const double* of_channels);
+};
+
+template <typename A>
 struct Loops {
   PixelLoops decoupled_kl, class_kl;
   ChannelLoops<A> channel_relation;
@@ -183,6 +191,7 @@ struct Loops {
   PixelPairLoops<A> pixel_pairs;
   SpatialLoops<A> spatial_kl;
   PearsonLoops<A> class_pearson;
+  StandardisedLoops<A> standardised_mse;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

@@ -6,6 +6,7 @@
 #include "pixel_pairs.h"
 #include "pixel_relation.h"
 #include "spatial_kl.h"
+#include "standardised_mse.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
@@ -22,6 +23,7 @@ constexpr Loops<A> loops_of() {
           {load_panels<A>, pair_sums<A>, pair_gradient<A>, pair_relations<A>, pair_relations_gradient<A>, store_panels<A>},
           {spatial_sums<A>, spatial_gradient<A>},
           {pearson_sums<A>, pearson_gradient<A>},
+          {standardised_sums<A>, standardised_gradient<A>},
           store_line<A>,
           scale<A>};
 }

@@ -11,4 +11,5 @@ from medkd_fast.kernels import (  # noqa: F401
     pixel_relation_kl,
     scale_gradient,
     spatial_kl,
+    standardised_mse,
 )
