@@ -1,7 +1,9 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
 #include "channel_relation.h"
 #include "class_kl.h"
+#include "class_means.h"
 #include "class_pearson.h"
+#include "class_similarity.h"
 #include "decoupled_kl.h"
 #include "pixel_pairs.h"
 #include "pixel_relation.h"
@@ -22,6 +24,8 @@ constexpr Loops<A> loops_of() {
           {load_panels<A>, pair_sums<A>, pair_gradient<A>, pair_relations<A>, pair_relations_gradient<A>, store_panels<A>},
           {spatial_sums<A>, spatial_gradient<A>},
           {pearson_sums<A>, pearson_gradient<A>},
+          {class_feature_sums<A>, class_means_gradient<A>},
+          {similarity_of_pixels<A>, similarity_sums<A>, similarity_gradient_of_pixels<A>},
           store_line<A>,
           scale<A>};
 }
