@@ -89,12 +89,15 @@ inline void load_class_tile(const ClassFeatures& features, int64_t image, int64_
   }
 }
 
-template <typename A>
-MEDKD_INLINE void add_vector(Vector<A> x, double* __restrict to) {
-  constexpr int width = vector_lanes<A>;
-  alignas(64) A lane[width];
-  *reinterpret_cast<Vector<A>*>(lane) = x;
-  for (int j = 0; j < width; ++j) to[j] += static_cast<double>(lane[j]);
+// to[j] += x[j]
+MEDKD_INLINE void add_vector(Vector<double> x, double* to) { store_loose<double>(load_loose(to) + x, to); }
+MEDKD_INLINE void add_vector(Vector<float> x, double* to) {
+  constexpr int width = vector_lanes<double>;
+  typedef float Half __attribute__((vector_size(vector_bytes / 2), may_alias));
+  Half half[2];
+  __builtin_memcpy(half, &x, sizeof x);
+  add_vector(__builtin_convertvector(half[0], Vector<double>), to);
+  add_vector(__builtin_convertvector(half[1], Vector<double>), to + width);
 }
 
 // sums[k, j] += Σ of weight[p] row[j, p] over the pixels of class k, for as many rows as a vector has lanes.
@@ -116,7 +119,7 @@ inline void add_rows(const ClassTile<A>& tile, const A* rows, const A* weight, d
       transpose<A>(square);
       double total[width] = {};
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < width; ++i) add_vector<A>(square[i], total);
+      for (int64_t i = 0; i < width; ++i) add_vector(square[i], total);
       double* to = sums + run.label * sums_ld;
       for (int64_t j = 0; j < width; ++j) to[j] += total[j];
       continue;
@@ -127,7 +130,7 @@ inline void add_rows(const ClassTile<A>& tile, const A* rows, const A* weight, d
       for (int64_t j = 0; j < width; ++j) square[j] = row(j, p);
       transpose<A>(square);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < width; ++i) add_vector<A>(square[i], sums + tile.pixel.label[p + i] * sums_ld);
+      for (int64_t i = 0; i < width; ++i) add_vector(square[i], sums + tile.pixel.label[p + i] * sums_ld);
     }
   }
 }
