@@ -175,6 +175,36 @@ struct PearsonLoops {
   void (*gradient)(const PixelLoss&, const PixelRange&, const double* coefficients, A factor);
 };
 
+// class_means and class_similarity.
+struct ClassFeatures {
+  PixelLoss map;  // student: the features; their gradient; the labels, of `classes` classes
+  int64_t channels;
+};
+
+// Tables of classes and of sums by class, see class_sums.h: where behind the channels of a row the other numbers of the class
+// are, and how long a row is.
+constexpr int64_t class_columns(int64_t channels) { return (channels + 15) / 16 * 16; }
+constexpr int64_t class_ld(int64_t channels) { return class_columns(channels) + 16; }
+
+template <typename A>
+struct ClassMeansLoops {
+  void (*sums)(const ClassFeatures&, const PixelRange&, double* sums, PixelSums& bad);
+  void (*gradient)(const ClassFeatures&, const PixelRange&, const A* table);
+};
+
+// What class_similarity keeps of pixels, and what arrives for them; each [B, N].
+template <typename A>
+struct SimilarityMaps {
+  const A *similarity, *inverse, *upstream;
+};
+
+template <typename A>
+struct ClassSimilarityLoops {
+  void (*similarity)(const ClassFeatures&, const PixelRange&, const A* prototypes, A* similarity, A* inverse);
+  void (*sums)(const ClassFeatures&, const PixelRange&, const SimilarityMaps<A>&, double* sums);
+  void (*gradient)(const ClassFeatures&, const PixelRange&, const A* prototypes, const A* rest, const SimilarityMaps<A>&);
+};
+
 template <typename A>
 struct StandardisedLoops {
   // adds to five sums of every channel from first_row to last_row, [5, C]
@@ -192,6 +222,8 @@ struct Loops {
   SpatialLoops<A> spatial_kl;
   PearsonLoops<A> class_pearson;
   StandardisedLoops<A> standardised_mse;
+  ClassMeansLoops<A> class_means;
+  ClassSimilarityLoops<A> class_similarity;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

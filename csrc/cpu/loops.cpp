@@ -1,7 +1,9 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
 #include "channel_relation.h"
 #include "class_kl.h"
+#include "class_means.h"
 #include "class_pearson.h"
+#include "class_similarity.h"
 #include "decoupled_kl.h"
 #include "pixel_pairs.h"
 #include "pixel_relation.h"
@@ -24,6 +26,8 @@ constexpr Loops<A> loops_of() {
           {spatial_sums<A>, spatial_gradient<A>},
           {pearson_sums<A>, pearson_gradient<A>},
           {standardised_sums<A>, standardised_gradient<A>},
+          {class_feature_sums<A>, class_means_gradient<A>},
+          {similarity_of_pixels<A>, similarity_sums<A>, similarity_gradient_of_pixels<A>},
           store_line<A>,
           scale<A>};
 }
