@@ -12,6 +12,9 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
   rounded to ε·size, in the definition too: so the neighbours of a pixel get a share where its weight for them is 0.
 * Correlations of probabilities. The error of u moves q = p − 1/C by K·ε·(p + 2U·p·(1 − p) + 1/C), and through q all that is made of
   it (`correlation_moved`). A vector as short as its error has no direction: then little more than no NaN is asked for.
+* Attention maps. An energy is rounded to ε·p of itself, and below the normal numbers to a multiple of the smallest; that moves the
+  norm, the map, its product with the gradient that arrives, and in proportion the gradient (`attention_bounds`). An image with half
+  of its norm below that has no direction.
 * Relations. Sums round in proportion to what they sum: K·ε times the size that the relation, the loss and a row's gradient
   have where student and teacher disagree (`sizes_of`; 1, 1 and 4 / (rows·n) for the mean of squared differences of cosines of
   rows of norm n), and K·ε times the condition of the call on top, measured: by how much more the definition in fp64 changes
@@ -130,7 +133,7 @@ def tensors(call: Call) -> Tensors:
     if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
-    if call.operator in (*KINDS, "spatial_kl"):
+    if call.operator in (*KINDS, "spatial_kl", "attention_map"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
@@ -147,6 +150,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
         return medkd_fast.pixel_affinity(x, **call.settings)
     if call.operator == "channel_gram":
         return medkd_fast.channel_gram(x, mask=drawn.mask, **call.settings)
+    if call.operator == "attention_map":
+        return medkd_fast.attention_map(x, mask=drawn.mask, **call.settings)
     settings = {**call.settings, "reduction": call.reduction}
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
@@ -292,6 +297,28 @@ def pearson_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds
     return Bounds(value / unit, gradient / unit, undefined)
 
 
+def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    power = call.settings["power"]
+    limits = torch.finfo(torch.float64 if double(call) else torch.float32)
+    unit = ROUNDINGS * limits.eps / 2
+    x = torch.where(drawn.keep.unsqueeze(1), drawn.student.double(), 0).abs()
+    v = upstream.double().abs()
+    over = (1, *range(2, v.dim())) if v.dim() > 1 else (1,)
+    energy = x.pow(power).sum(1)
+    lost = call.channels * limits.smallest_normal * limits.eps * (energy > 0)
+    norm = energy.square().sum(over, keepdim=True).sqrt()
+    share = lost.square().sum(over, keepdim=True).sqrt() / norm.clamp(min=1e-300)  # of the norm, lost below the normal numbers
+    undefined = share >= 0.5
+    relative = 2 * unit * (1 + power) + share / (1 - share.clamp(max=0.5))
+    q = energy / norm.clamp(min=1e-300)
+    e_q = torch.where(undefined, 2, q * relative + 2 * lost / norm.clamp(min=1e-300))
+    product = (v * q).sum(over, keepdim=True)
+    e_w = e_q * product + q * (v * e_q).sum(over, keepdim=True) + unit * v  # of w = v - q <v, q>
+    size = (x > 0) * power * x.pow(power - 1) / norm.clamp(min=1e-300).unsqueeze(1)
+    gradient = size * (e_w + relative * (v + q * product)).unsqueeze(1)
+    return Bounds(e_q / unit, gradient / unit, undefined.unsqueeze(1))
+
+
 def rows_of(call: Call, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the rows that the relation multiplies, [B, rows]: norms, and by how much a relation changes with a row's entry."""
     relation = call.settings["relation"]
@@ -367,6 +394,7 @@ BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
     "class_kl": logit_bounds,
     "spatial_kl": spatial_bounds,
     "class_pearson": pearson_bounds,
+    "attention_map": attention_bounds,
 }
 
 
@@ -494,6 +522,16 @@ def pearson_calls(draw: st.DrawFn) -> Call:
     return Call(**drawn, settings=settings)
 
 
+@st.composite
+def attention_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("attention_map", (700, 32, 11)).items()}
+    drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
+    if draw(st.integers(0, 9)) == 0:
+        drawn["channels"] = 1
+    settings = {"power": draw(st.sampled_from([2.0, 1.0, 2.0, 4.0, 3.0, 1.5]))}
+    return Call(**drawn, settings=settings, zero_rows=draw(st.integers(0, 3)) == 0)
+
+
 #: What the relations are built for, with the divergences of the losses.
 KINDS: dict[str, list[tuple[str, str | None]]] = {
     "channel_relation": [(relation, "mse") for relation in ("cosine", "pearson", "gram", "row", "softmax")]
@@ -530,6 +568,7 @@ CALLS: dict[str, tuple[st.SearchStrategy[Call], float]] = {
 }
 CALLS["spatial_kl"] = spatial_calls(), 1 / 8
 CALLS["class_pearson"] = pearson_calls(), 1 / 8
+CALLS["attention_map"] = attention_calls(), 1 / 8
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))

@@ -175,6 +175,29 @@ struct PearsonLoops {
   void (*gradient)(const PixelLoss&, const PixelRange&, const double* coefficients, A factor);
 };
 
+// attention_map. A mask of 0 takes a pixel out.
+struct Attention {
+  Planes x;             // [B, C, N]
+  Planes gradient;      // like x; in the backward only
+  const uint8_t* mask;  // [B, N] or nullptr
+  int64_t channels, pixels;
+  double power;
+};
+
+constexpr int64_t attention_block = 1024;  // the most pixels of a range
+
+template <typename A>
+struct AttentionLoops {
+  // the energies of a range's pixels, and the sum of their squares
+  void (*energies)(const Attention&, const PixelRange&, A* energies, double* squares);
+  // x[k] = factor * x[k]
+  void (*normalise)(A* x, int64_t count, double factor);
+  // sum of a[k] * b[k]
+  void (*product)(const A* a, const A* b, int64_t count, double* sum);
+  // of the image's map and the gradient that arrives for it, [N] each, and their product
+  void (*gradient)(const Attention&, const PixelRange&, const A* map, const A* upstream, double norm, double product);
+};
+
 template <typename A>
 struct Loops {
   PixelLoops decoupled_kl, class_kl;
@@ -183,6 +206,7 @@ struct Loops {
   PixelPairLoops<A> pixel_pairs;
   SpatialLoops<A> spatial_kl;
   PearsonLoops<A> class_pearson;
+  AttentionLoops<A> attention_map;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

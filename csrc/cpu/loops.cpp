@@ -1,4 +1,5 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
+#include "attention_map.h"
 #include "channel_relation.h"
 #include "class_kl.h"
 #include "class_pearson.h"
@@ -22,6 +23,7 @@ constexpr Loops<A> loops_of() {
           {load_panels<A>, pair_sums<A>, pair_gradient<A>, pair_relations<A>, pair_relations_gradient<A>, store_panels<A>},
           {spatial_sums<A>, spatial_gradient<A>},
           {pearson_sums<A>, pearson_gradient<A>},
+          {attention_energies<A>, attention_normalise<A>, attention_product<A>, attention_gradient<A>},
           store_line<A>,
           scale<A>};
 }
