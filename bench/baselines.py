@@ -2,7 +2,8 @@
 
 `published_*` is the form that the papers' codes have: masks of −1000, probabilities before logarithms, N×N matrices.
 `plain_*` is the best plain PyTorch that we can write: log-odds, sums instead of large matrices. Both give the value of the
-operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S].
+operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S]; an attention map is
+of the student alone.
 """
 
 from __future__ import annotations
@@ -150,3 +151,12 @@ def plain_standardised_mse(student: torch.Tensor, teacher: torch.Tensor) -> torc
     a, b = variance_s.sqrt() + 1e-6, variance_t.flatten().sqrt() + 1e-6
     value = variance_s / a.square() + variance_t.flatten() / b.square() - 2 * covariance / (a * b)
     return value.mean() * ((number - 1) / number)
+def published_attention_map(x: torch.Tensor) -> torch.Tensor:
+    """Flat, with a mean over channels, which the norm takes out again."""
+    return F.normalize(x.pow(2).mean(1).flatten(1)).view(x.shape[0], *x.shape[2:])
+
+
+def plain_attention_map(x: torch.Tensor) -> torch.Tensor:
+    """A product of every pixel's channels with themselves is one pass, where a square and its sum are two."""
+    energy = (x * x).sum(1)
+    return energy / energy.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 2))

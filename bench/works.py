@@ -139,6 +139,23 @@ def standardised(shape: tuple[int, ...], layout: str = "contiguous", dtype: torc
     work.input_bytes = 2 * work.student_bytes
     if (layout, dtype) != ("contiguous", torch.float32):
         work.ordinary = standardised(shape)
+def attention(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Work:
+    """attention_map, weighed with a gradient that arrives for every pixel."""
+    student, teacher, _ = _inputs(shape, None, layout, dtype)
+    upstream = teacher[:, 0].float().contiguous()
+
+    def weighed(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (function(x) * v).sum()
+
+    call = partial(weighed, medkd_fast.attention_map, student, upstream)
+    work = Work("attention_map", _title("attention_map", shape, None, layout, dtype), student, call)
+    for kind in ("published", "plain"):
+        work.variants[kind] = partial(weighed, getattr(baselines, f"{kind}_attention_map")), (student, upstream)
+    # the student twice, the gradient; energies once, the map written and read twice, what arrives for it twice
+    work.bytes = 3 * work.student_bytes + 6 * 4 * upstream.numel()
+    work.input_bytes = work.student_bytes + 4 * upstream.numel()
+    if (layout, dtype) != ("contiguous", torch.float32):
+        work.ordinary = attention(shape)
     return work
 
 
@@ -170,6 +187,7 @@ SMALL: dict[str, Callable[..., Work]] = {
     "pixel_relation": partial(relation, "pixel_relation"),
     "pixel_relation_kl": partial(relation, "pixel_relation", divergence="kl"),
     "standardised_mse": standardised,
+    "attention_map": attention,
 }
 CPU_WORKS: dict[str, Callable[[], Work]] = {
     "decoupled_kl": lambda: pixel_loss("decoupled_kl", (4, 9, 224, 224)),
@@ -197,6 +215,10 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
     "standardised_mse_bf16": lambda: standardised((2, 64, 64, 64), dtype=BF16),
     "standardised_mse_channels_last": lambda: standardised((2, 64, 64, 64), layout="channels_last"),
     "standardised_mse_3d": lambda: standardised((1, 32, 48, 48, 48)),
+    "attention_map": lambda: attention((2, 64, 64, 64)),
+    "attention_map_bf16": lambda: attention((2, 64, 64, 64), dtype=BF16),
+    "attention_map_channels_last": lambda: attention((2, 64, 64, 64), layout="channels_last"),
+    "attention_map_3d": lambda: attention((1, 32, 48, 48, 48)),
     **{f"{name}_small": partial(make, (1, 4, 32, 32)) for name, make in SMALL.items()},
     **{f"{name}_64": partial(make, (1, 4, 64, 64)) for name, make in SMALL.items()},
 }
@@ -214,6 +236,8 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "pixel_relation_kl_volume": volume,
     "standardised_mse": lambda: standardised((16, 64, 128, 128)),
     "standardised_mse_bf16": lambda: standardised((16, 64, 128, 128), dtype=BF16),
+    "attention_map": lambda: attention((16, 64, 128, 128)),
+    "attention_map_bf16": lambda: attention((16, 64, 128, 128), dtype=BF16),
     **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
 }
 WORKS = GPU_WORKS if machine.GPU else CPU_WORKS

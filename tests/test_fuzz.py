@@ -14,6 +14,9 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
   it (`correlation_moved`). A vector as short as its error has no direction: then little more than no NaN is asked for.
 * Standardised features. Sums and coefficients are made in fp64: their roundings count 2^-53, times what a channel's mean square
   is to its variance (`standardised_bounds`).
+* Attention maps. An energy is rounded to ε·p of itself, and below the normal numbers to a multiple of the smallest; that moves the
+  norm, the map, its product with the gradient that arrives, and in proportion the gradient (`attention_bounds`). An image with half
+  of its norm below that has no direction.
 * Relations. Sums round in proportion to what they sum: K·ε times the size that the relation, the loss and a row's gradient
   have where student and teacher disagree (`sizes_of`; 1, 1 and 4 / (rows·n) for the mean of squared differences of cosines of
   rows of norm n), and K·ε times the condition of the call on top, measured: by how much more the definition in fp64 changes
@@ -133,6 +136,7 @@ def tensors(call: Call) -> Tensors:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
     if call.operator in (*KINDS, "spatial_kl", "standardised_mse"):
+    if call.operator in (*KINDS, "spatial_kl", "attention_map"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
@@ -151,6 +155,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
         return medkd_fast.channel_gram(x, mask=drawn.mask, **call.settings)
     if call.operator == "standardised_mse":
         return medkd_fast.standardised_mse(x, teacher, mask=drawn.mask)
+    if call.operator == "attention_map":
+        return medkd_fast.attention_map(x, mask=drawn.mask, **call.settings)
     settings = {**call.settings, "reduction": call.reduction}
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
@@ -322,6 +328,26 @@ def standardised_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> B
     error = upstream.double().abs() * factor * (moved + terms * (1 / a + 1 / b))
     gradient.movedim(1, 0)[:, drawn.keep] = error
     return Bounds(value * 2.0**-53 / unit, gradient * 2.0**-53 / unit, undefined)
+def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    power = call.settings["power"]
+    limits = torch.finfo(torch.float64 if double(call) else torch.float32)
+    unit = ROUNDINGS * limits.eps / 2
+    x = torch.where(drawn.keep.unsqueeze(1), drawn.student.double(), 0).abs()
+    v = upstream.double().abs()
+    over = (1, *range(2, v.dim())) if v.dim() > 1 else (1,)
+    energy = x.pow(power).sum(1)
+    lost = call.channels * limits.smallest_normal * limits.eps * (energy > 0)
+    norm = energy.square().sum(over, keepdim=True).sqrt()
+    share = lost.square().sum(over, keepdim=True).sqrt() / norm.clamp(min=1e-300)  # of the norm, lost below the normal numbers
+    undefined = share >= 0.5
+    relative = 2 * unit * (1 + power) + share / (1 - share.clamp(max=0.5))
+    q = energy / norm.clamp(min=1e-300)
+    e_q = torch.where(undefined, 2, q * relative + 2 * lost / norm.clamp(min=1e-300))
+    product = (v * q).sum(over, keepdim=True)
+    e_w = e_q * product + q * (v * e_q).sum(over, keepdim=True) + unit * v  # of w = v - q <v, q>
+    size = (x > 0) * power * x.pow(power - 1) / norm.clamp(min=1e-300).unsqueeze(1)
+    gradient = size * (e_w + relative * (v + q * product)).unsqueeze(1)
+    return Bounds(e_q / unit, gradient / unit, undefined.unsqueeze(1))
 
 
 def rows_of(call: Call, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -400,6 +426,7 @@ BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
     "spatial_kl": spatial_bounds,
     "class_pearson": pearson_bounds,
     "standardised_mse": standardised_bounds,
+    "attention_map": attention_bounds,
 }
 
 
@@ -533,6 +560,13 @@ def standardised_calls(draw: st.DrawFn) -> Call:
     if draw(st.integers(0, 9)) == 0:
         drawn["channels"] = 1
     return Call(**drawn | {"reduction": "mean"}, settings={}, zero_rows=draw(st.integers(0, 3)) == 0)
+def attention_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("attention_map", (700, 32, 11)).items()}
+    drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
+    if draw(st.integers(0, 9)) == 0:
+        drawn["channels"] = 1
+    settings = {"power": draw(st.sampled_from([2.0, 1.0, 2.0, 4.0, 3.0, 1.5]))}
+    return Call(**drawn, settings=settings, zero_rows=draw(st.integers(0, 3)) == 0)
 
 
 #: What the relations are built for, with the divergences of the losses.
@@ -572,6 +606,7 @@ CALLS: dict[str, tuple[st.SearchStrategy[Call], float]] = {
 CALLS["spatial_kl"] = spatial_calls(), 1 / 8
 CALLS["class_pearson"] = pearson_calls(), 1 / 8
 CALLS["standardised_mse"] = standardised_calls(), 1 / 8
+CALLS["attention_map"] = attention_calls(), 1 / 8
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))

@@ -211,6 +211,27 @@ struct StandardisedLoops {
   void (*sums)(const Relation&, const RelationPart&, double* sums);
   // from three factors a channel, [3, C]
   void (*gradient)(const Relation&, const RelationPart&, const double* of_channels);
+// attention_map. A mask of 0 takes a pixel out.
+struct Attention {
+  Planes x;             // [B, C, N]
+  Planes gradient;      // like x; in the backward only
+  const uint8_t* mask;  // [B, N] or nullptr
+  int64_t channels, pixels;
+  double power;
+};
+
+constexpr int64_t attention_block = 1024;  // the most pixels of a range
+
+template <typename A>
+struct AttentionLoops {
+  // the energies of a range's pixels, and the sum of their squares
+  void (*energies)(const Attention&, const PixelRange&, A* energies, double* squares);
+  // x[k] = factor * x[k]
+  void (*normalise)(A* x, int64_t count, double factor);
+  // sum of a[k] * b[k]
+  void (*product)(const A* a, const A* b, int64_t count, double* sum);
+  // of the image's map and the gradient that arrives for it, [N] each, and their product
+  void (*gradient)(const Attention&, const PixelRange&, const A* map, const A* upstream, double norm, double product);
 };
 
 template <typename A>
@@ -224,6 +245,7 @@ struct Loops {
   StandardisedLoops<A> standardised_mse;
   ClassMeansLoops<A> class_means;
   ClassSimilarityLoops<A> class_similarity;
+  AttentionLoops<A> attention_map;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

@@ -1,4 +1,5 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
+#include "attention_map.h"
 #include "channel_relation.h"
 #include "class_kl.h"
 #include "class_means.h"
@@ -28,6 +29,7 @@ constexpr Loops<A> loops_of() {
           {standardised_sums<A>, standardised_gradient<A>},
           {class_feature_sums<A>, class_means_gradient<A>},
           {similarity_of_pixels<A>, similarity_sums<A>, similarity_gradient_of_pixels<A>},
+          {attention_energies<A>, attention_normalise<A>, attention_product<A>, attention_gradient<A>},
           store_line<A>,
           scale<A>};
 }

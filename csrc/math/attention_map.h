@@ -47,5 +47,19 @@ MEDKD_INLINE void with_power(double power, const F& f) {
   else f(AnyPower<A>{static_cast<A>(power)});
 }
 
+// The gradient of an image's features is factor (v - q <v, q>) slope(scale x). The scale, a power of two near the root of
+// 1 / norm, keeps slope and factor in float's range where x is far from 1. Below the square, slopes change less than x does.
+struct AttentionSlope {
+  double scale, factor;
+};
+
+MEDKD_INLINE AttentionSlope attention_slope(double norm, double power) {
+  if (norm == 0) return {1, 0};
+  double exponent = power < 2 ? 0.0 : rint(-log2(norm) / power);
+  exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
+  // multiplied from the left, lest something overflow on the way
+  return {exp2(exponent), exp2(-exponent * (power - 1)) / norm};
+}
+
 }  // namespace MEDKD_ISA
 }  // namespace medkd

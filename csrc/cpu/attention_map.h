@@ -1,0 +1,186 @@
+// attention_map: a pixel's energy is added up over the channels while a range of pixels stays in the first-level cache; the
+// gradient is one more pass. Derivation: medkd_fast/reference/attention_map.py.
+#pragma once
+
+#include "../math/attention_map.h"
+#include "planes.h"
+
+namespace medkd {
+namespace MEDKD_ISA {
+
+// f(T()) with the type that x has; the arithmetic is double only when x is.
+template <typename A, typename F>
+inline void with_type(Type type, const F& f) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    f(double());
+  } else {
+    switch (type) {
+      case Type::bfloat16: f(BFloat16()); break;
+      case Type::float16: f(Float16()); break;
+      default: f(float());
+    }
+  }
+}
+
+// energy[p] += the power of x[c, p], over the channels: four at a time, so that the energies are seldom loaded.
+template <typename T, typename A, typename Power>
+inline void add_energies(const Power& power, const T* x, int64_t stride_c, int64_t channels, int64_t length,
+                         A* __restrict energy) {
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4) {
+    const T* __restrict x_0 = x + c * stride_c;
+    const T* __restrict x_1 = x_0 + stride_c;
+    const T* __restrict x_2 = x_1 + stride_c;
+    const T* __restrict x_3 = x_2 + stride_c;
+    for (int64_t p = 0; p < length; ++p) {
+      const A first = power.value(static_cast<A>(widen(x_0[p]))) + power.value(static_cast<A>(widen(x_1[p])));
+      const A second = power.value(static_cast<A>(widen(x_2[p]))) + power.value(static_cast<A>(widen(x_3[p])));
+      energy[p] += first + second;
+    }
+  }
+  for (; c < channels; ++c) {
+    const T* __restrict row = x + c * stride_c;
+    for (int64_t p = 0; p < length; ++p) energy[p] += power.value(static_cast<A>(widen(row[p])));
+  }
+}
+
+// Pixels of a channel that do not lie side by side: a tile at a time goes through scratch memory.
+template <typename A, typename Power>
+inline void add_tiles(const Power& power, const Planes& x, const PixelRange& range, int64_t channels, A* energy) {
+  constexpr int64_t some = 64, ld = some + 16;
+  const Scratch<A> scratch(some * ld);
+  for (int64_t first = range.begin; first < range.end; first += some) {
+    const int64_t length = range.end - first < some ? range.end - first : some;
+    for (int64_t c = 0; c < channels; c += some) {
+      const int64_t rows = channels - c < some ? channels - c : some;
+      Planes part = x;
+      with_type<A>(x.type, [&](auto zero) { part.data = static_cast<decltype(zero)*>(x.data) + c * x.stride_c; });
+      load_tile(part, range.image, first, rows, length, length, ld, A(1), scratch.get());
+      add_energies(power, scratch.get(), ld, rows, length, energy + (first - range.begin));
+    }
+  }
+}
+
+template <typename A>
+inline void attention_product(const A* a, const A* b, int64_t count, double* sum) {
+  double lane[16] = {};
+  int64_t p = 0;
+  for (; p + 16 <= count; p += 16)
+    for (int64_t j = 0; j < 16; ++j) lane[j] += static_cast<double>(a[p + j]) * static_cast<double>(b[p + j]);
+  for (; p < count; ++p) lane[p % 16] += static_cast<double>(a[p]) * static_cast<double>(b[p]);
+  *sum = sum_row(lane, 16);
+}
+
+template <typename A>
+inline void attention_energies(const Attention& attention, const PixelRange& range, A* energies, double* squares) {
+  const Planes& x = attention.x;
+  const int64_t length = range.end - range.begin;
+  alignas(64) A energy[attention_block];
+  for (int64_t p = 0; p < length; ++p) energy[p] = A(0);
+  with_power<A>(attention.power, [&](const auto& power) {
+    if (x.stride_n != 1) return add_tiles(power, x, range, attention.channels, energy);
+    with_type<A>(x.type, [&](auto zero) {
+      const auto* from = static_cast<const decltype(zero)*>(x.data) + range.image * x.stride_b + range.begin;
+      add_energies(power, from, x.stride_c, attention.channels, length, energy);
+    });
+  });
+  if (attention.mask != nullptr) {
+    const uint8_t* mask = attention.mask + range.image * attention.pixels + range.begin;
+    for (int64_t p = 0; p < length; ++p) energy[p] = mask[p] != 0 ? energy[p] : A(0);
+  }
+  attention_product(energy, energy, length, squares);
+  for (int64_t p = 0; p < length; ++p) energies[p] = energy[p];
+}
+
+template <typename A>
+inline void attention_normalise(A* x, int64_t count, double factor) {
+  for (int64_t p = 0; p < count; ++p) x[p] = static_cast<A>(factor * static_cast<double>(x[p]));
+}
+
+// What the pixels of a range multiply the slopes of their features by; keep is 0 where a pixel does not count.
+template <typename A>
+struct AttentionFactors {
+  A scale;
+  const A* factor;
+  const A* keep;
+};
+
+// out[k] = the gradient of x[k], whose factor lies at k * step.
+template <bool masked, int step, typename T, typename O, typename A, typename Power>
+inline void attention_slopes(const Power& power, A scale, const A* __restrict factor, const A* __restrict keep,
+                             int64_t length, const T* __restrict x, int64_t x_stride, O* __restrict out,
+                             int64_t out_stride) {
+  for (int64_t k = 0; k < length; ++k) {
+    const A value = factor[k * step] * power.slope(scale * static_cast<A>(widen(x[k * x_stride])));
+    narrow(!masked || keep[k * step] != A(0) ? value : A(0), out[k * out_stride]);
+  }
+}
+
+template <bool masked, int step, typename T, typename A, typename Power>
+inline void attention_line(const Power& power, A scale, const A* factor, const A* keep, int64_t length, const T* x,
+                           int64_t x_stride, T* gradient, int64_t gradient_stride) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    attention_slopes<masked, step>(power, scale, factor, keep, length, x, x_stride, gradient, gradient_stride);
+  } else {  // rounded in a loop of its own, which vectorises
+    constexpr int64_t some = 256;
+    alignas(64) A slopes[some];
+    for (int64_t first = 0; first < length; first += some) {
+      const int64_t count = length - first < some ? length - first : some;
+      attention_slopes<masked, step>(power, scale, factor + first * step, keep + first * step, count,
+                                     x + first * x_stride, x_stride, slopes, 1);
+      T* __restrict to = gradient + first * gradient_stride;
+      for (int64_t k = 0; k < count; ++k) narrow(slopes[k], to[k * gradient_stride]);
+    }
+  }
+}
+
+template <bool masked, typename T, typename A, typename Power>
+inline void attention_lines(const Power& power, const Attention& attention, const PixelRange& range,
+                            const AttentionFactors<A>& of) {
+  const Planes &x = attention.x, &gradient = attention.gradient;
+  const T* from = static_cast<const T*>(x.data) + range.image * x.stride_b + range.begin * x.stride_n;
+  T* to = static_cast<T*>(gradient.data) + range.image * gradient.stride_b + range.begin * gradient.stride_n;
+  const int64_t channels = attention.channels, length = range.end - range.begin;
+  if (x.stride_c == 1 && gradient.stride_c == 1 && (x.stride_n != 1 || gradient.stride_n != 1)) {
+    for (int64_t p = 0; p < length; ++p)
+      attention_line<masked, 0>(power, of.scale, of.factor + p, of.keep + p, channels, from + p * x.stride_n, 1,
+                                to + p * gradient.stride_n, 1);
+  } else if (x.stride_n == 1 && gradient.stride_n == 1) {
+    for (int64_t c = 0; c < channels; ++c)
+      attention_line<masked, 1>(power, of.scale, of.factor, of.keep, length, from + c * x.stride_c, 1,
+                                to + c * gradient.stride_c, 1);
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      attention_line<masked, 1>(power, of.scale, of.factor, of.keep, length, from + c * x.stride_c, x.stride_n,
+                                to + c * gradient.stride_c, gradient.stride_n);
+  }
+}
+
+template <typename A>
+inline void attention_gradient(const Attention& attention, const PixelRange& range, const A* map, const A* upstream,
+                               double norm, double product) {
+  const AttentionSlope slope = attention_slope(norm, attention.power);
+  const int64_t length = range.end - range.begin;
+  alignas(64) A factor[attention_block], keep[attention_block];
+  for (int64_t p = 0; p < length; ++p) {
+    const double q = static_cast<double>(map[range.begin + p]), v = static_cast<double>(upstream[range.begin + p]);
+    factor[p] = static_cast<A>(slope.factor * (v - q * product));
+  }
+  const AttentionFactors<A> of{static_cast<A>(slope.scale), factor, keep};
+  if (attention.mask != nullptr) {
+    const uint8_t* mask = attention.mask + range.image * attention.pixels + range.begin;
+    for (int64_t p = 0; p < length; ++p) keep[p] = mask[p] != 0 ? A(1) : A(0);
+  }
+  with_power<A>(attention.power, [&](const auto& power) {
+    with_type<A>(attention.x.type, [&](auto zero) {
+      using T = decltype(zero);
+      if (attention.mask != nullptr)
+        attention_lines<true, T>(power, attention, range, of);
+      else
+        attention_lines<false, T>(power, attention, range, of);
+    });
+  });
+}
+
+}  // namespace MEDKD_ISA
+}  // namespace medkd
