@@ -151,6 +151,8 @@ def plain_standardised_mse(student: torch.Tensor, teacher: torch.Tensor) -> torc
     a, b = variance_s.sqrt() + 1e-6, variance_t.flatten().sqrt() + 1e-6
     value = variance_s / a.square() + variance_t.flatten() / b.square() - 2 * covariance / (a * b)
     return value.mean() * ((number - 1) / number)
+
+
 def published_attention_map(x: torch.Tensor) -> torch.Tensor:
     """Flat, with a mean over channels, which the norm takes out again."""
     return F.normalize(x.pow(2).mean(1).flatten(1)).view(x.shape[0], *x.shape[2:])

@@ -139,6 +139,9 @@ def standardised(shape: tuple[int, ...], layout: str = "contiguous", dtype: torc
     work.input_bytes = 2 * work.student_bytes
     if (layout, dtype) != ("contiguous", torch.float32):
         work.ordinary = standardised(shape)
+    return work
+
+
 def attention(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Work:
     """attention_map, weighed with a gradient that arrives for every pixel."""
     student, teacher, _ = _inputs(shape, None, layout, dtype)

@@ -183,6 +183,8 @@ def standardised_mse(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tens
 
 def plain_standardised_mse(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return baselines.plain_standardised_mse(student, teacher)
+
+
 def attention_map(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """Through its mean squared difference from the teacher's, which is made in fp64."""
     maps = medkd_fast.attention_map(student).double(), medkd_fast.attention_map(teacher.double())
@@ -314,7 +316,8 @@ Written by `make numerics` (`tests/numerics.py`); the tests assert the limits. E
 definition in fp64 on the same, already rounded inputs: first of the fused CPU backend, then of the best plain PyTorch in
 fp32 (for half inputs: cast up first). Value: relative, of the loss with reduction "mean". Gradient: relative L2. Root mean
 square over {DRAWS} draws; maps of 24×32 (logits) and 18×20 (features). `nan`: plain PyTorch has no finite gradient there.
-The matrices of `channel_gram` and `pixel_affinity` and the maps of `attention_map` are measured through their mean squared difference from the teacher's.
+The matrices of `channel_gram` and `pixel_affinity` and the maps of `attention_map` are measured through their mean squared difference
+from the teacher's.
 
 Limits, in fp32: generic 1e-5; converged 1e-6 (value) and 2e-3 (gradient); rotated 1e-3; elsewhere, and for every
 gradient, twice plain PyTorch. A half gradient is also rounded to its dtype, by at most 2^-8 (bf16) or 2^-11 (fp16) of a

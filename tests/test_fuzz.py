@@ -135,8 +135,7 @@ def tensors(call: Call) -> Tensors:
     if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
-    if call.operator in (*KINDS, "spatial_kl", "standardised_mse"):
-    if call.operator in (*KINDS, "spatial_kl", "attention_map"):
+    if call.operator in (*KINDS, "spatial_kl", "standardised_mse", "attention_map"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
@@ -328,6 +327,8 @@ def standardised_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> B
     error = upstream.double().abs() * factor * (moved + terms * (1 / a + 1 / b))
     gradient.movedim(1, 0)[:, drawn.keep] = error
     return Bounds(value * 2.0**-53 / unit, gradient * 2.0**-53 / unit, undefined)
+
+
 def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
     power = call.settings["power"]
     limits = torch.finfo(torch.float64 if double(call) else torch.float32)
@@ -338,7 +339,9 @@ def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Boun
     energy = x.pow(power).sum(1)
     lost = call.channels * limits.smallest_normal * limits.eps * (energy > 0)
     norm = energy.square().sum(over, keepdim=True).sqrt()
-    share = lost.square().sum(over, keepdim=True).sqrt() / norm.clamp(min=1e-300)  # of the norm, lost below the normal numbers
+    share = lost.square().sum(over, keepdim=True).sqrt() / norm.clamp(
+        min=1e-300
+    )  # of the norm, lost below the normal numbers
     undefined = share >= 0.5
     relative = 2 * unit * (1 + power) + share / (1 - share.clamp(max=0.5))
     q = energy / norm.clamp(min=1e-300)
@@ -560,6 +563,9 @@ def standardised_calls(draw: st.DrawFn) -> Call:
     if draw(st.integers(0, 9)) == 0:
         drawn["channels"] = 1
     return Call(**drawn | {"reduction": "mean"}, settings={}, zero_rows=draw(st.integers(0, 3)) == 0)
+
+
+@st.composite
 def attention_calls(draw: st.DrawFn) -> Call:
     drawn = {name: draw(strategy) for name, strategy in common("attention_map", (700, 32, 11)).items()}
     drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}

@@ -211,6 +211,8 @@ struct StandardisedLoops {
   void (*sums)(const Relation&, const RelationPart&, double* sums);
   // from three factors a channel, [3, C]
   void (*gradient)(const Relation&, const RelationPart&, const double* of_channels);
+};
+
 // attention_map. A mask of 0 takes a pixel out.
 struct Attention {
   Planes x;             // [B, C, N]
