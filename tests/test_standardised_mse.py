@@ -196,7 +196,7 @@ def test_half_precision(backend: str, half: torch.dtype) -> None:
         assert_close(gradient, want_gradient, ROUNDED + 2 * ROUNDING[s.dtype])
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 20, 4, 5, 6), (1, 34, 17, 19)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 20, 4, 5, 6), (1, 34, 7, 9)], ids=str)
 def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
     student, teacher = torch.randn(shape), torch.randn(shape)
     wide = torch.randn(*shape[:-1], 2 * shape[-1])

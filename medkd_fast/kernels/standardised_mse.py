@@ -21,10 +21,22 @@ PROGRAMS, MOST_TILES = 4096, 32
 def load_features(x, mask, i_b, o_c, o_n, C, N, stride_b, stride_c, stride_n, A: tl.constexpr, HAS_MASK: tl.constexpr):
     """Channels o_c by pixels o_n in fp64, 0 at those that do not count."""
     there = (o_c < C) & (o_n < N)
-    if HAS_MASK:
-        there = there & (tl.load(mask + i_b * N + o_n, o_n < N, 0) != 0)
     # half precision by way of fp32
-    return tl.load(x + i_b * stride_b + o_c * stride_c + o_n * stride_n, there, 0.0).to(A).to(tl.float64), there
+    features = tl.load(x + i_b * stride_b + o_c * stride_c + o_n * stride_n, there, 0.0).to(A).to(tl.float64)
+    if HAS_MASK:  # selected afterwards, so that the load stays a wide one
+        there = there & (tl.load(mask + i_b * N + o_n, o_n < N, 0) != 0)
+        features = tl.where(there, features, 0.0)
+    return features, there
+
+
+@triton.jit
+def load_coefficients(coefficients, o_c, C, BLOCK_C: tl.constexpr):
+    """Of channels o_c, or, where there is one channel, of that: as numbers, which all threads have from one load."""
+    if BLOCK_C == 1:
+        x = tl.load(coefficients + tl.program_id(1))
+    else:
+        x = tl.load(coefficients + o_c, o_c < C, 0.0)
+    return x
 
 
 @triton.jit
@@ -118,10 +130,10 @@ def gradient_kernel(
     i_b = (tl.program_id(0) // tiles_of_image).to(tl.int64)
     o_n = (tl.program_id(0) % tiles_of_image).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None].to(tl.int64)
-    m_c = o_c < C
-    p = coefficients + o_c
-    of_s, of_t = tl.load(p, m_c, 0.0), tl.load(p + C, m_c, 0.0)
-    mean_s, mean_t = tl.load(p + 2 * C, m_c, 0.0), tl.load(p + 3 * C, m_c, 0.0)
+    of_s = load_coefficients(coefficients, o_c, C, BLOCK_C)
+    of_t = load_coefficients(coefficients + C, o_c, C, BLOCK_C)
+    mean_s = load_coefficients(coefficients + 2 * C, o_c, C, BLOCK_C)
+    mean_t = load_coefficients(coefficients + 3 * C, o_c, C, BLOCK_C)
     factor = tl.load(upstream).to(tl.float64)
     # exactly 0 for equal networks
     of_both = of_s + of_t
@@ -131,7 +143,7 @@ def gradient_kernel(
     t, _ = load_features(teacher, mask, i_b, o_c, o_n, C, N, stride_tb, stride_tc, stride_tn, A, HAS_MASK)
     v_s = tl.where(there, of_t * (t - s) + (of_both * s + constant), 0.0)
     p_g = gradient + i_b * stride_gb + o_c * stride_gc + o_n * stride_gn
-    tl.store(p_g, v_s.to(A).to(gradient.dtype.element_ty), m_c & (o_n < N))
+    tl.store(p_g, v_s.to(A).to(gradient.dtype.element_ty), (o_c < C) & (o_n < N))
 
 
 def blocks_of(channels: int, pixels: int, planes: bool) -> dict[str, int]:
