@@ -166,9 +166,7 @@ def test_same_bits_for_any_number_of_threads(cpp: str) -> None:
 
 def test_compiles_into_one_graph(fused: str) -> None:
     x, target = torch.randn(2, 3, 8, 9), labels((2, 3, 8, 9), 4, False)
-    function = torch.compile(
-        lambda x: class_means(x, target, num_classes=4).means, fullgraph=True, backend="aot_eager"
-    )
+    function = torch.compile(lambda x: class_means(x, target, num_classes=4).means, fullgraph=True, backend="aot_eager")
     got = value_and_gradient(function, x)
     want = value_and_gradient(lambda x: class_means(x, target, num_classes=4).means, x)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -194,7 +192,9 @@ def test_labels_that_are_none(fused: str) -> None:
     x, target = torch.randn(1, 2, 6, 7), torch.randint(0, 3, (1, 6, 7))
     target[0, 3, 2] = 3
     if fused == "cpp":
-        with pytest.raises(RuntimeError, match=r"class_means: target holds the label 3, want 0 to 2 or ignore_index \(-100\)"):
+        with pytest.raises(
+            RuntimeError, match=r"class_means: target holds the label 3, want 0 to 2 or ignore_index \(-100\)"
+        ):
             class_means(x, target, num_classes=3)
         return
     means, counts = kernel("class_means", fused)(x, target, 3, -100)

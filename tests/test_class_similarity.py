@@ -213,7 +213,9 @@ def test_labels_that_are_none(fused: str) -> None:
     x, target = torch.randn(1, 2, 6, 7), torch.randint(0, 3, (1, 6, 7))
     target[0, 3, 2] = -1
     if fused == "cpp":
-        with pytest.raises(RuntimeError, match="class_similarity: target holds the label -1, want 0 to 2 or ignore_index"):
+        with pytest.raises(
+            RuntimeError, match="class_similarity: target holds the label -1, want 0 to 2 or ignore_index"
+        ):
             class_similarity(x, target, num_classes=3)
         return
     similarity, *rest = kernel("class_similarity", fused)(x, target, 3, -100)

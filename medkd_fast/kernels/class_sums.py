@@ -57,7 +57,15 @@ def sums_kernel(
             o_n = n + tl.arange(0, BLOCK_N)
             label, outside = load_labels(target, i_b * N + o_n, o_n < N, K, ignore_index)
             b_x = load_features(
-                x + i_b * stride_b, o_c[:, None], o_n[None, :], C, label[None, :], outside[None, :], stride_c, stride_n, A
+                x + i_b * stride_b,
+                o_c[:, None],
+                o_n[None, :],
+                C,
+                label[None, :],
+                outside[None, :],
+                stride_c,
+                stride_n,
+                A,
             )
             own = o_k[:, None] == label[None, :]  # [BLOCK_K, BLOCK_N]
             number += tl.sum(own.to(tl.float64), 1)
