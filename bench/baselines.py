@@ -162,3 +162,44 @@ def plain_attention_map(x: torch.Tensor) -> torch.Tensor:
     """A product of every pixel's channels with themselves is one pass, where a square and its sum are two."""
     energy = (x * x).sum(1)
     return energy / energy.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 2))
+
+
+def published_class_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
+    """For every class a mask as large as the features."""
+    dims = tuple(range(2, x.dim()))
+    means = []
+    for c in range(classes):
+        mask = (target.unsqueeze(1).expand_as(x) == c).to(x.dtype)
+        means.append((mask * x).sum(dims) / mask.sum(dims).clamp(min=1))
+    return torch.stack(means, 1)
+
+
+def indicator_of(target: torch.Tensor, classes: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, N, K]: which pixel is of which class."""
+    return (target.flatten(1).unsqueeze(2) == torch.arange(classes, device=target.device)).to(dtype)
+
+
+def plain_class_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
+    """One product with the labels' indicators."""
+    indicator = indicator_of(target, classes, x.dtype)
+    return (x.flatten(2) @ indicator).mT / indicator.sum(1).clamp(min=1).unsqueeze(2)
+
+
+def published_class_similarity(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
+    """For every class masks and centres as large as the features."""
+    dims = tuple(range(2, x.dim()))
+    label, centre = target.unsqueeze(1).expand_as(x), x
+    for c in range(classes):
+        mask = (label == c).to(x.dtype)
+        mean = (mask * x).sum(dims) / (mask.sum(dims) + 1e-6)
+        centre = (1 - mask) * centre + mask * mean[(..., *[None] * len(dims))]
+    return F.cosine_similarity(x, centre, 1)
+
+
+def plain_class_similarity(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
+    """Products of every pixel with every prototype, and its own class's out of them."""
+    indicator, features, own = indicator_of(target, classes, x.dtype), x.flatten(2), target.flatten(1)
+    prototypes = features @ indicator / (indicator.sum(1) + 1e-6).unsqueeze(1)  # [B, C, K]
+    products = (prototypes.mT @ features).gather(1, own.unsqueeze(1)).squeeze(1)
+    norm_p, norm_x = (y.square().sum(1).clamp_min(1e-16).sqrt() for y in (prototypes, features))
+    return (products / (norm_p.gather(1, own) * norm_x)).view(target.shape)

@@ -15,6 +15,8 @@ import medkd_fast
 
 Call = Callable[[], torch.Tensor]
 BF16 = torch.bfloat16
+#: Of the labels that features are taken together by.
+CLASSES = 9
 
 
 @dataclass
@@ -162,6 +164,35 @@ def attention(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.d
     return work
 
 
+def by_class(
+    operator: str, shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32
+) -> Work:
+    """class_means or class_similarity. Labels as coherent as organs are: nine bands of rows."""
+    x, _, target = _inputs(shape, None, layout, dtype)
+    rows = torch.arange(shape[2], device=x.device) * CLASSES // shape[2]
+    target.copy_(rows.view(1, -1, *[1] * (len(shape) - 3)))
+
+    def fused_result(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
+        result = getattr(medkd_fast, operator)(x, target, num_classes=classes)
+        return result.means if operator == "class_means" else result
+
+    weight = torch.randn_like(fused_result(x.detach(), target, CLASSES))
+
+    def weighted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args: (function(*args[:-1]) * args[-1]).sum()
+
+    args = (x, target, CLASSES, weight)
+    work = Work(operator, _title(operator, shape, None, layout, dtype), x, partial(weighted(fused_result), *args))
+    for kind in ("published", "plain"):
+        work.variants[kind] = weighted(getattr(baselines, f"{kind}_{operator}")), args
+    work.input_bytes = work.student_bytes + 8 * target.numel()
+    # read and the gradient written; or read for the prototypes, the cosines and twice in the backward
+    work.bytes = (2 if operator == "class_means" else 5) * work.student_bytes
+    if (layout, dtype) != ("contiguous", torch.float32):
+        work.ordinary = by_class(operator, shape)
+    return work
+
+
 def host(make: Callable[[], Work]) -> Work:
     work = make()
     work.name += " host"
@@ -222,6 +253,16 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
     "attention_map_bf16": lambda: attention((2, 64, 64, 64), dtype=BF16),
     "attention_map_channels_last": lambda: attention((2, 64, 64, 64), layout="channels_last"),
     "attention_map_3d": lambda: attention((1, 32, 48, 48, 48)),
+    **{
+        f"{name}{suffix}": partial(by_class, name, shape, **settings)
+        for name in ("class_means", "class_similarity")
+        for suffix, shape, settings in (
+            ("", (2, 64, 64, 64), {}),
+            ("_bf16", (2, 64, 64, 64), {"dtype": BF16}),
+            ("_channels_last", (2, 64, 64, 64), {"layout": "channels_last"}),
+            ("_3d", (1, 32, 48, 48, 48), {}),
+        )
+    },
     **{f"{name}_small": partial(make, (1, 4, 32, 32)) for name, make in SMALL.items()},
     **{f"{name}_64": partial(make, (1, 4, 64, 64)) for name, make in SMALL.items()},
 }
@@ -241,6 +282,10 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "standardised_mse_bf16": lambda: standardised((16, 64, 128, 128), dtype=BF16),
     "attention_map": lambda: attention((16, 64, 128, 128)),
     "attention_map_bf16": lambda: attention((16, 64, 128, 128), dtype=BF16),
+    "class_means": lambda: by_class("class_means", (16, 64, 128, 128)),
+    "class_means_bf16": lambda: by_class("class_means", (16, 64, 128, 128), dtype=BF16),
+    "class_similarity": lambda: by_class("class_similarity", (16, 64, 128, 128)),
+    "class_similarity_bf16": lambda: by_class("class_similarity", (16, 64, 128, 128), dtype=BF16),
     **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
 }
 WORKS = GPU_WORKS if machine.GPU else CPU_WORKS

@@ -169,6 +169,20 @@ def matrix(operator: str, relation: str) -> Setting:
     return Setting(f"{operator} {relation}", loss, by_definition(loss), partial(draw_features, rows))
 
 
+def by_class(operator: str) -> Setting:
+    """The operator's result through its mean squared difference from the teacher's, with four bands of labels."""
+
+    def of(x: torch.Tensor) -> torch.Tensor:
+        target = (torch.arange(x.shape[2]) * 4 // x.shape[2]).view(1, -1, 1).expand(x.shape[0], *x.shape[2:])
+        result = getattr(medkd_fast, operator)(x, target, num_classes=4)
+        return (result.means if operator == "class_means" else result).double()
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return (of(student) - of(teacher.double())).square().mean()
+
+    return Setting(operator, loss, by_definition(loss), partial(draw_features, "pixels"))
+
+
 def spatial_kl(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return medkd_fast.spatial_kl(student, teacher, temperature=TEMPERATURE)
 
@@ -219,6 +233,8 @@ SETTINGS = {
         Setting("class_pearson", class_pearson, by_definition(class_pearson), partial(draw_logits, None)),
         Setting("standardised_mse", standardised_mse, plain_standardised_mse, partial(draw_features, "channels")),
         Setting("attention_map", attention_map, by_definition(attention_map), partial(draw_features, "pixels")),
+        by_class("class_means"),
+        by_class("class_similarity"),
     )
 }
 
@@ -316,8 +332,8 @@ Written by `make numerics` (`tests/numerics.py`); the tests assert the limits. E
 definition in fp64 on the same, already rounded inputs: first of the fused CPU backend, then of the best plain PyTorch in
 fp32 (for half inputs: cast up first). Value: relative, of the loss with reduction "mean". Gradient: relative L2. Root mean
 square over {DRAWS} draws; maps of 24×32 (logits) and 18×20 (features). `nan`: plain PyTorch has no finite gradient there.
-The matrices of `channel_gram` and `pixel_affinity` and the maps of `attention_map` are measured through their mean squared difference
-from the teacher's.
+The results of `channel_gram`, `pixel_affinity`, `attention_map`, `class_means` and `class_similarity` are measured through their mean
+squared difference from the teacher's.
 
 Limits, in fp32: generic 1e-5; converged 1e-6 (value) and 2e-3 (gradient); rotated 1e-3; elsewhere, and for every
 gradient, twice plain PyTorch. A half gradient is also rounded to its dtype, by at most 2^-8 (bf16) or 2^-11 (fp16) of a

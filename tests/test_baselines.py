@@ -74,3 +74,20 @@ def test_attention_map(kind: str) -> None:
     value, gradient = value_and_gradient(getattr(baselines, f"{kind}_attention_map"), x, upstream)
     assert_close(value, want, 1e-12)
     assert_close(gradient, want_gradient, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+@pytest.mark.parametrize("name", ["class_means", "class_similarity"])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 3, 4, 5, 6)], ids=str)
+def test_by_class(kind: str, name: str, shape: tuple[int, ...]) -> None:
+    x, target = torch.randn(shape, dtype=torch.float64), torch.randint(0, 4, (shape[0], *shape[2:]))
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        result = getattr(medkd_fast, name)(x, target, num_classes=4)
+        return result.means if name == "class_means" else result
+
+    upstream = torch.randn(fused(x).shape)
+    want, want_gradient = value_and_gradient(fused, x, upstream)
+    value, gradient = value_and_gradient(lambda x: getattr(baselines, f"{kind}_{name}")(x, target, 4), x, upstream)
+    assert_close(value, want, 1e-12)
+    assert_close(gradient, want_gradient, 1e-12)

@@ -21,6 +21,9 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
   have where student and teacher disagree (`sizes_of`; 1, 1 and 4 / (rows·n) for the mean of squared differences of cosines of
   rows of norm n), and K·ε times the condition of the call on top, measured: by how much more the definition in fp64 changes
   than the features, when those are moved by 2^-28 of themselves.
+* By class. Of up to 32 features in a row the sum may be in fp32: means are wrong by 2·K·ε of the mean magnitude, and so a
+  prototype relative to its norm by 2·K·ε·κ, κ the quotient of the two. A cosine is, and the direction of every term of its
+  gradient, by K·ε·(1 + 2κ); what comes through the prototype adds up the class's |v|.
 
 Where the converged or rotated operating points allow much less, test_numerics.py demands it. The
 roundings of an output to its dtype come on top.
@@ -81,6 +84,7 @@ class Call:
     weighted: str = "no"  # "no", "yes", "zeros", "some zeros"
     zero_rows: bool = False
     teacher_channels: int | None = None  # if not the student's
+    coherent: bool = False  # labels in bands
 
 
 # layouts: each returns equal values in another order of memory
@@ -138,7 +142,9 @@ def tensors(call: Call) -> Tensors:
     if call.operator in (*KINDS, "spatial_kl", "standardised_mse", "attention_map"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
-    target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
+    target = torch.randint(0, call.settings.get("num_classes", max(call.channels, 1)), pixels, generator=generator)
+    if call.coherent:
+        target = target.flatten(1).sort(1).values.view_as(target)
     target = target.masked_fill(~keep, 100).to(call.label_dtype)
     weight = None
     if call.weighted != "no":
@@ -156,6 +162,9 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
         return medkd_fast.standardised_mse(x, teacher, mask=drawn.mask)
     if call.operator == "attention_map":
         return medkd_fast.attention_map(x, mask=drawn.mask, **call.settings)
+    if call.operator in BY_CLASS:
+        result = getattr(medkd_fast, call.operator)(x, drawn.target, ignore_index=100, **call.settings)
+        return result.means if call.operator == "class_means" else result
     settings = {**call.settings, "reduction": call.reduction}
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
@@ -353,6 +362,26 @@ def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Boun
     return Bounds(e_q / unit, gradient / unit, undefined.unsqueeze(1))
 
 
+def class_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    classes, undefined = call.settings["num_classes"], torch.zeros(drawn.student.shape, dtype=torch.bool)
+    x = torch.where(drawn.keep.unsqueeze(1), drawn.student.double(), 0).flatten(2)
+    label = torch.where(drawn.keep, drawn.target.long(), 0).flatten(1)
+    own = F.one_hot(label, classes).double() * drawn.keep.flatten(1).unsqueeze(2)  # [B, N, K]
+    number = own.sum(1)
+    magnitude = (x.abs() @ own) / (number + 1e-6).unsqueeze(1)  # [B, C, K]
+    if call.operator == "class_means":
+        return Bounds(2 * magnitude.mT, torch.zeros_like(x).view(drawn.student.shape), undefined)
+    prototype = ((x @ own) / (number + 1e-6).unsqueeze(1)).norm(dim=1).clamp(min=1e-8)  # [B, K]
+    condition = 1 + 2 * magnitude.norm(dim=1) / prototype
+    v = upstream.double().abs().flatten(1)
+    through = (v.unsqueeze(2) * own).sum(1) / (prototype * (number + 1e-6))
+    direct = v / x.norm(dim=1).clamp(min=1e-8)
+    each = (own @ condition.unsqueeze(2)).squeeze(2)  # [B, N]
+    gradient = 2 * each * (direct + (own @ through.unsqueeze(2)).squeeze(2))
+    gradient = gradient.view(call.images, 1, *call.size).expand(drawn.student.shape)
+    return Bounds(each.view(call.images, *call.size), gradient, undefined)
+
+
 def rows_of(call: Call, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the rows that the relation multiplies, [B, rows]: norms, and by how much a relation changes with a row's entry."""
     relation = call.settings["relation"]
@@ -430,6 +459,8 @@ BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
     "class_pearson": pearson_bounds,
     "standardised_mse": standardised_bounds,
     "attention_map": attention_bounds,
+    "class_means": class_bounds,
+    "class_similarity": class_bounds,
 }
 
 
@@ -575,6 +606,21 @@ def attention_calls(draw: st.DrawFn) -> Call:
     return Call(**drawn, settings=settings, zero_rows=draw(st.integers(0, 3)) == 0)
 
 
+BY_CLASS = ("class_means", "class_similarity")
+
+
+@st.composite
+def class_calls(draw: st.DrawFn, operator: str) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common(operator, (700, 32, 11)).items()}
+    drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
+    return Call(
+        **drawn,
+        settings={"num_classes": draw(st.sampled_from([1, 2, 5, 19, 40]))},
+        label_dtype=draw(st.sampled_from(LABELS)),
+        coherent=draw(st.booleans()),
+    )
+
+
 #: What the relations are built for, with the divergences of the losses.
 KINDS: dict[str, list[tuple[str, str | None]]] = {
     "channel_relation": [(relation, "mse") for relation in ("cosine", "pearson", "gram", "row", "softmax")]
@@ -613,6 +659,8 @@ CALLS["spatial_kl"] = spatial_calls(), 1 / 8
 CALLS["class_pearson"] = pearson_calls(), 1 / 8
 CALLS["standardised_mse"] = standardised_calls(), 1 / 8
 CALLS["attention_map"] = attention_calls(), 1 / 8
+for operator in BY_CLASS:
+    CALLS[operator] = class_calls(operator), 1 / 16
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))

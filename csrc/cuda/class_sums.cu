@@ -99,7 +99,7 @@ struct PackPlace {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(class_threads)
+__global__ void __launch_bounds__(class_threads, least_blocks)
     class_sums_kernel(const ClassMap map, const PixelWeights<A> weights, int64_t groups,
                       double* slots) {  // [B, slots, K, C + 2]
   constexpr int pixels = tile_pixels<A>, pitch = tile_pitch, turns = tile_packs * warp_size / class_threads;
