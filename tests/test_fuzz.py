@@ -307,7 +307,9 @@ def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Boun
     energy = x.pow(power).sum(1)
     lost = call.channels * limits.smallest_normal * limits.eps * (energy > 0)
     norm = energy.square().sum(over, keepdim=True).sqrt()
-    share = lost.square().sum(over, keepdim=True).sqrt() / norm.clamp(min=1e-300)  # of the norm, lost below the normal numbers
+    share = lost.square().sum(over, keepdim=True).sqrt() / norm.clamp(
+        min=1e-300
+    )  # of the norm, lost below the normal numbers
     undefined = share >= 0.5
     relative = 2 * unit * (1 + power) + share / (1 - share.clamp(max=0.5))
     q = energy / norm.clamp(min=1e-300)
