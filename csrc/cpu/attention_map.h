@@ -105,31 +105,33 @@ struct AttentionFactors {
   const A* keep;
 };
 
-// out[k] = the gradient of x[k], whose factor lies at k * step.
-template <bool masked, int step, typename T, typename O, typename A, typename Power>
-inline void attention_slopes(const Power& power, A scale, const A* __restrict factor, const A* __restrict keep,
-                             int64_t length, const T* __restrict x, int64_t x_stride, O* __restrict out,
-                             int64_t out_stride) {
+// out[k] = the gradient of x[k], whose factor lies at k * step. Strides of 1 are written out,
+// or the loops over halves would not vectorise.
+template <bool masked, int step, bool dense, typename T, typename O, typename A, typename Power>
+MEDKD_INLINE void attention_slopes(const Power& power, A scale, const A* __restrict factor, const A* __restrict keep,
+                                   int64_t length, const T* __restrict x, int64_t x_stride, O* __restrict out,
+                                   int64_t out_stride) {
   for (int64_t k = 0; k < length; ++k) {
-    const A value = factor[k * step] * power.slope(scale * static_cast<A>(widen(x[k * x_stride])));
-    narrow(!masked || keep[k * step] != A(0) ? value : A(0), out[k * out_stride]);
+    const A slope = power.slope(scale * static_cast<A>(widen(x[dense ? k : k * x_stride])));
+    const A value = factor[k * step] * slope;
+    narrow(!masked || keep[k * step] != A(0) ? value : A(0), out[dense ? k : k * out_stride]);
   }
 }
 
-template <bool masked, int step, typename T, typename A, typename Power>
+template <bool masked, int step, bool dense, typename T, typename A, typename Power>
 inline void attention_line(const Power& power, A scale, const A* factor, const A* keep, int64_t length, const T* x,
                            int64_t x_stride, T* gradient, int64_t gradient_stride) {
-  if constexpr (sizeof(T) == sizeof(A)) {
-    attention_slopes<masked, step>(power, scale, factor, keep, length, x, x_stride, gradient, gradient_stride);
+  if constexpr (sizeof(T) == sizeof(A) || !dense) {
+    attention_slopes<masked, step, dense>(power, scale, factor, keep, length, x, x_stride, gradient, gradient_stride);
   } else {  // rounded in a loop of its own, which vectorises
     constexpr int64_t some = 256;
     alignas(64) A slopes[some];
     for (int64_t first = 0; first < length; first += some) {
       const int64_t count = length - first < some ? length - first : some;
-      attention_slopes<masked, step>(power, scale, factor + first * step, keep + first * step, count,
-                                     x + first * x_stride, x_stride, slopes, 1);
-      T* __restrict to = gradient + first * gradient_stride;
-      for (int64_t k = 0; k < count; ++k) narrow(slopes[k], to[k * gradient_stride]);
+      attention_slopes<masked, step, true>(power, scale, factor + first * step, keep + first * step, count, x + first, 1,
+                                           slopes, 1);
+      T* __restrict to = gradient + first;
+      for (int64_t k = 0; k < count; ++k) narrow(slopes[k], to[k]);
     }
   }
 }
@@ -141,18 +143,18 @@ inline void attention_lines(const Power& power, const Attention& attention, cons
   const T* from = static_cast<const T*>(x.data) + range.image * x.stride_b + range.begin * x.stride_n;
   T* to = static_cast<T*>(gradient.data) + range.image * gradient.stride_b + range.begin * gradient.stride_n;
   const int64_t channels = attention.channels, length = range.end - range.begin;
-  if (x.stride_c == 1 && gradient.stride_c == 1 && (x.stride_n != 1 || gradient.stride_n != 1)) {
-    for (int64_t p = 0; p < length; ++p)
-      attention_line<masked, 0>(power, of.scale, of.factor + p, of.keep + p, channels, from + p * x.stride_n, 1,
-                                to + p * gradient.stride_n, 1);
-  } else if (x.stride_n == 1 && gradient.stride_n == 1) {
+  if (x.stride_n == 1 && gradient.stride_n == 1) {
     for (int64_t c = 0; c < channels; ++c)
-      attention_line<masked, 1>(power, of.scale, of.factor, of.keep, length, from + c * x.stride_c, 1,
-                                to + c * gradient.stride_c, 1);
+      attention_line<masked, 1, true>(power, of.scale, of.factor, of.keep, length, from + c * x.stride_c, 1,
+                                      to + c * gradient.stride_c, 1);
+  } else if (x.stride_c == 1 && gradient.stride_c == 1) {
+    for (int64_t p = 0; p < length; ++p)
+      attention_line<masked, 0, true>(power, of.scale, of.factor + p, of.keep + p, channels, from + p * x.stride_n, 1,
+                                      to + p * gradient.stride_n, 1);
   } else {
     for (int64_t c = 0; c < channels; ++c)
-      attention_line<masked, 1>(power, of.scale, of.factor, of.keep, length, from + c * x.stride_c, x.stride_n,
-                                to + c * gradient.stride_c, gradient.stride_n);
+      attention_line<masked, 1, false>(power, of.scale, of.factor, of.keep, length, from + c * x.stride_c, x.stride_n,
+                                       to + c * gradient.stride_c, gradient.stride_n);
   }
 }
 

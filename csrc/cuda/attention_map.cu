@@ -19,6 +19,8 @@ namespace medkd {
 constexpr int attention_threads = 256, attention_warps = attention_threads / warp_size;
 // Loads of a thread that are on their way together: packs of a pixel's channels, or a channel's pixels.
 constexpr int packs_at_once = 8, pixels_at_once = 8;
+// Blocks on a multiprocessor. Left alone, the compiler spills a few registers to fit one more.
+constexpr int least_blocks = 2;
 // For an image, at most; everyone who needs their sum adds them up.
 constexpr int64_t most_energy_slots = 1024, most_product_slots = 64;
 // Pixels of a map that a block takes at a time.
@@ -111,7 +113,7 @@ struct Slot {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, least_blocks)
     energies_of_packs_kernel(const AttentionCall call, int64_t slots, int64_t tiles_of_slot,
                              A* energies,        // [B, N]
                              double* squares) {  // [B, slots]
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(attention_threads)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, least_blocks)
     energies_of_pixels_kernel(const AttentionCall call, int64_t slots, int64_t tiles_of_slot,
                               A* energies,        // [B, N]
                               double* squares) {  // [B, slots]
@@ -222,8 +224,8 @@ __global__ void __launch_bounds__(attention_threads)
 // What the gradient takes beside the features.
 template <typename A>
 struct Arriving {
-  const A* map;       // [B, N]
-  const A* upstream;  // [B, N]
+  const A* map;            // [B, N]
+  const A* upstream;       // [B, N]
   const double* norms;     // [B]
   const double* products;  // [B, slots]
   int64_t slots;
@@ -260,7 +262,7 @@ struct ImageGradient {
 constexpr std::size_t gradient_bytes = (attention_warps + 2) * sizeof(double);
 
 template <typename A>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, least_blocks)
     gradient_of_packs_kernel(const AttentionCall call, const Arriving<A> arriving, const PackedPlanes gradient) {
   const int64_t image = blockIdx.x / call.tiles;
   const int thread = static_cast<int>(threadIdx.x), packs = attention_threads / call.members;
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(attention_threads)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, least_blocks)
     gradient_of_pixels_kernel(const AttentionCall call, const Arriving<A> arriving, const Planes gradient) {
   const int64_t image = blockIdx.x / call.tiles;
   const int thread = static_cast<int>(threadIdx.x);

@@ -35,7 +35,11 @@ struct AnyPower {
 
  private:
   MEDKD_INLINE static float raised(float x, float p) { return powf(x, p); }
+#if MEDKD_DEVICE_CODE  // pow is a function there, whose calls would spill registers
+  MEDKD_INLINE static double raised(double x, double p) { return x == 0 ? 0.0 : exp2(p * log2(x)); }
+#else
   MEDKD_INLINE static double raised(double x, double p) { return pow(x, p); }
+#endif
 };
 
 // f(the power): so that a loop over pixels has no branch.
