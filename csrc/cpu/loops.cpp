@@ -3,6 +3,7 @@
 #include "class_kl.h"
 #include "class_pearson.h"
 #include "decoupled_kl.h"
+#include "max_pool.h"
 #include "pixel_pairs.h"
 #include "pixel_relation.h"
 #include "spatial_kl.h"
@@ -27,7 +28,8 @@ constexpr Loops<A> loops_of() {
 }
 
 const LoopTable& table() {
-  static constexpr LoopTable loops = {MEDKD_NAME(MEDKD_ISA), loops_of<float>(), loops_of<double>()};
+  static constexpr LoopTable loops = {MEDKD_NAME(MEDKD_ISA), loops_of<float>(), loops_of<double>(),
+                                      {max_pool<false>, max_pool<true>}};
   return loops;
 }
 

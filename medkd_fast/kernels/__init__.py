@@ -6,6 +6,7 @@ from medkd_fast.kernels import (  # noqa: F401
     class_kl,
     class_pearson,
     decoupled_kl,
+    max_pool,
     pixel_affinity,
     pixel_relation,
     pixel_relation_kl,
