@@ -236,6 +236,25 @@ struct AttentionLoops {
   void (*gradient)(const Attention&, const PixelRange&, const A* map, const A* upstream, double norm, double product);
 };
 
+// max_pool. Sizes are along z, y and x; 1 along an axis that is not there.
+struct MaxPool {
+  Planes x;             // [B, C, N]; its gradient in the backward
+  void* pooled;         // [B, C, windows]; the upstream gradient in the backward
+  int16_t* place;       // [B, C, windows]
+  const uint8_t* mask;  // [B, N] or nullptr
+  const int64_t* offset;  // in pixels from a window's first, by place; in the backward only
+  int64_t channels, pixels, windows;
+  int64_t size[3], window[3], pooled_size[3];
+  bool channels_inside;  // in memory
+  int64_t part;          // windows along x that are worked on at a time
+};
+
+struct PoolLoops {
+  // parts [begin, end) of all images' lines of windows
+  void (*values)(const MaxPool&, int64_t begin, int64_t end);
+  void (*gradient)(const MaxPool&, int64_t begin, int64_t end);
+};
+
 template <typename A>
 struct Loops {
   PixelLoops decoupled_kl, class_kl;
@@ -258,6 +277,7 @@ struct LoopTable {
   const char* name;
   Loops<float> single;
   Loops<double> twice;
+  PoolLoops max_pool;
 };
 
 const LoopTable& loop_table();

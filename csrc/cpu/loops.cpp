@@ -6,6 +6,7 @@
 #include "class_pearson.h"
 #include "class_similarity.h"
 #include "decoupled_kl.h"
+#include "max_pool.h"
 #include "pixel_pairs.h"
 #include "pixel_relation.h"
 #include "spatial_kl.h"
@@ -35,7 +36,8 @@ constexpr Loops<A> loops_of() {
 }
 
 const LoopTable& table() {
-  static constexpr LoopTable loops = {MEDKD_NAME(MEDKD_ISA), loops_of<float>(), loops_of<double>()};
+  static constexpr LoopTable loops = {MEDKD_NAME(MEDKD_ISA), loops_of<float>(), loops_of<double>(),
+                                      {max_pool<false>, max_pool<true>}};
   return loops;
 }
 

@@ -9,6 +9,7 @@ from medkd_fast.kernels import (  # noqa: F401
     class_pearson,
     class_similarity,
     decoupled_kl,
+    max_pool,
     pixel_affinity,
     pixel_relation,
     pixel_relation_kl,

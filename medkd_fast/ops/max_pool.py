@@ -24,7 +24,7 @@ def max_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Tensor
     """The largest value of every window; windows lie side by side, and the last of an axis is cut off at the border.
 
     `torch.nn.functional.max_pool2d(x, window, ceil_mode=True)`, and its kin, with a mask. The gradient goes to the first of
-    equal values. A value that is no number is the largest.
+    equal values. A value that is no number is the largest; the last of several has the gradient.
 
     Args:
         x: features [B, C, *S], one to three spatial dimensions: float32, bfloat16, float16 or float64, in any memory format.
@@ -66,7 +66,7 @@ def max_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Tensor
         pooled, place = MaxPoolFunction.apply(x, mask, backend, steps)
     else:
         pooled, place = kernel("max_pool", backend)(x, mask, steps)
-    return MaxPool(pooled, None if mask is None else place[:, 0] >= 0)
+    return MaxPool(pooled, None if mask is None else (place[:, :1] >= 0).any(1))
 
 
 class MaxPoolFunction(torch.autograd.Function):

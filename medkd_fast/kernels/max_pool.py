@@ -1,0 +1,196 @@
+"""Triton kernels of max_pool: the maxima with their places, and the gradient.
+
+A tile is [channels, windows]; a program goes over the pixels of its windows, one of each at a time. Windows of many pixels, of
+which there are few, have a kernel of their own: there a tile is [windows, pixels].
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.planes import gradient_like, planes_of
+
+#: Pixels of the largest window that a program goes over one by one.
+FEW = 64
+
+
+@triton.jit
+def taken(x, value):
+    """Whether x, which comes later, takes the place of value."""
+    return (x > value) | (x != x)  # noqa: PLR0124
+
+
+@triton.jit
+def corner(o_w, pooled_y, pooled_x, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr):
+    """z, y and x of the first pixels of windows o_w."""
+    line = o_w // pooled_x
+    return line // pooled_y * WINDOW_Z, line % pooled_y * WINDOW_Y, o_w % pooled_x * WINDOW_X
+
+
+@triton.jit
+def pool_kernel(
+    x, mask, pooled, place,  # [B, C, N], [B, N], [B, C, windows], [B, C, windows]
+    C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
+    HAS_MASK: tl.constexpr, INDEX: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
+    p_x = x + i_b * stride_b + o_c * stride_c
+    inside = (o_c < C) & (o_w < windows)
+    value = tl.full([BLOCK_C, BLOCK_W], 0.0, A)
+    at = tl.full([BLOCK_C, BLOCK_W], -1, tl.int32)
+    for k in tl.static_range(WINDOW_Z * WINDOW_Y * WINDOW_X):
+        dz: tl.constexpr = k // (WINDOW_Y * WINDOW_X)
+        dy: tl.constexpr = k // WINDOW_X % WINDOW_Y
+        dx: tl.constexpr = k % WINDOW_X
+        there = (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
+        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
+        if HAS_MASK:
+            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        b_x = tl.load(p_x + n.to(tl.int64) * stride_n, inside & there, 0.0).to(A)
+        take = there & (taken(b_x, value) | (at < 0))
+        value = tl.where(take, b_x, value)
+        at = tl.where(take, k, at)
+    p = (i_b * C + o_c) * windows + o_w
+    tl.store(pooled + p, value.to(pooled.dtype.element_ty), inside)
+    tl.store(place + p, at.to(tl.int16), inside)
+
+
+@triton.jit
+def pool_large_kernel(
+    x, mask, pooled, place,  # [B, C, N], [B, N], [B, C, windows], [B, C, windows]
+    C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
+    HAS_MASK: tl.constexpr, INDEX: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    A: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    PIXELS: tl.constexpr = WINDOW_Z * WINDOW_Y * WINDOW_X
+    plane = (tl.program_id(0) // blocks).to(tl.int64)
+    i_b, i_c = plane // C, plane % C
+    o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
+    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
+    p_x = x + i_b * stride_b + i_c * stride_c
+    value = tl.full([BLOCK_W, 1], 0.0, A)
+    at = tl.full([BLOCK_W, 1], -1, tl.int32)
+    for first in range(0, PIXELS, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        dz, dy, dx = k // (WINDOW_Y * WINDOW_X), k // WINDOW_X % WINDOW_Y, k % WINDOW_X
+        there = (k < PIXELS) & (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
+        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
+        if HAS_MASK:
+            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        b_x = tl.load(p_x + n.to(tl.int64) * stride_n, there, 0.0).to(A)
+        # the last that is no number, or else the first of the largest
+        ordinary = b_x == b_x  # noqa: PLR0124
+        no_number = tl.max(tl.where(there & (ordinary == 0), k, -1), 1, keep_dims=True)
+        ordinary = there & ordinary
+        most = tl.max(tl.where(ordinary, b_x, -float("inf")), 1, keep_dims=True)
+        of_most = tl.min(tl.where(ordinary & (b_x == most), k, PIXELS), 1, keep_dims=True)
+        number = tl.where(no_number >= 0, no_number, of_most)
+        most = tl.where(no_number >= 0, float("nan"), most)
+        take = (number < PIXELS) & (taken(most, value) | (at < 0))
+        value = tl.where(take, most, value)
+        at = tl.where(take, number, at)
+    p = plane * windows + o_w
+    tl.store(pooled + p, value.to(pooled.dtype.element_ty), o_w < windows)
+    tl.store(place + p, at.to(tl.int16), o_w < windows)
+
+
+@triton.jit
+def spread_kernel(
+    place, upstream, gradient,  # [B, C, windows], [B, C, windows], [B, C, N]
+    C, N, windows, blocks, size_y, size_x, pooled_y, pooled_x,
+    stride_ub, stride_uc, stride_un, stride_b, stride_c, stride_n,
+    INDEX: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_n = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    inside = (o_c < C) & (o_n < N)
+    line, n_x = o_n // size_x, o_n % size_x
+    z, y = line // size_y, line % size_y
+    window = (z // WINDOW_Z * pooled_y + y // WINDOW_Y) * pooled_x + n_x // WINDOW_X
+    k = (z % WINDOW_Z * WINDOW_Y + y % WINDOW_Y) * WINDOW_X + n_x % WINDOW_X
+    own = tl.load(place + (i_b * C + o_c) * windows + window, inside, -1).to(INDEX) == k
+    v = tl.load(upstream + i_b * stride_ub + o_c * stride_uc + window.to(tl.int64) * stride_un, inside & own, 0.0)
+    tl.store(gradient + i_b * stride_b + o_c * stride_c + o_n.to(tl.int64) * stride_n, v, inside)
+
+
+def sizes_of(x: torch.Tensor, window: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """Sizes, windows and numbers of windows along z, y and x; 1 along an axis that is not there."""
+    size, steps = ([1] * (5 - x.dim()) + list(of) for of in (x.shape[2:], window))
+    return size, steps, [-(-n // step) for n, step in zip(size, steps, strict=True)]
+
+
+def index_type(size: list[int]) -> tl.dtype:
+    """Of pixels within a plane: divisions of 64 bits are slow."""
+    return tl.int32 if math.prod(size) < 2**30 else tl.int64
+
+
+def blocks_of(channels: int, planes: bool, most: int) -> tuple[int, int]:
+    """Channels and neighbours of a tile: where a channel's pixels lie side by side, one channel; else up to 32."""
+    rows = 1 if planes else min(triton.next_power_of_2(channels), 32)
+    columns = min(triton.next_power_of_2(most), 256 if planes else 32)
+    return rows, columns
+
+
+@operator()
+def max_pool(
+    x: torch.Tensor,  # [B, C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    window: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, C = x.shape[:2]
+    size, steps, number = sizes_of(x, window)
+    pooled = x.new_empty((B, C, *number[5 - x.dim() :]))
+    place = torch.empty_like(pooled, dtype=torch.int16)
+    if x.numel() == 0:
+        return pooled, place
+    kept, strides = planes_of(x)
+    windows = math.prod(number)
+    settings = {
+        "HAS_MASK": mask is not None, "INDEX": index_type(size), "A": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "WINDOW_Z": steps[0], "WINDOW_Y": steps[1], "WINDOW_X": steps[2],
+    }  # fmt: skip
+    few = math.prod(steps) <= FEW
+    rows, columns = blocks_of(C, strides[2] == 1, windows) if few else (1, 4)
+    blocks = -(-windows // columns)
+    args = kept, mask, pooled, place, C, math.prod(size), windows, blocks, *size, *number[1:], *strides
+    if few:
+        pool_kernel[(B * blocks, -(-C // rows))](*args, BLOCK_C=rows, BLOCK_W=columns, **settings)
+    else:
+        pool_large_kernel[(B * C * blocks,)](*args, BLOCK_W=columns, BLOCK_K=256, **settings)
+    return pooled, place
+
+
+@operator()
+def max_pool_backward(
+    x: torch.Tensor,  # [B, C, *S]
+    place: torch.Tensor,  # [B, C, *P], contiguous
+    upstream: torch.Tensor,  # [B, C, *P], in x's type
+    window: list[int],
+) -> torch.Tensor:
+    gradient, written, strides = gradient_like(x)
+    if x.numel() > 0:
+        B, C = x.shape[:2]
+        size, steps, number = sizes_of(x, window)
+        N = math.prod(size)
+        v, strides_v = planes_of(upstream)
+        rows, columns = blocks_of(C, strides[2] == 1, N)
+        columns = min(triton.next_power_of_2(N), 4 * columns)
+        blocks = -(-N // columns)
+        spread_kernel[(B * blocks, -(-C // rows))](
+            place, v, written, C, N, math.prod(number), blocks, *size[1:], *number[1:],
+            *strides_v, *strides,
+            INDEX=index_type(size), WINDOW_Z=steps[0], WINDOW_Y=steps[1], WINDOW_X=steps[2],
+            BLOCK_C=rows, BLOCK_N=columns,
+        )  # fmt: skip
+    if written is not gradient:
+        gradient.copy_(written)
+    return gradient
