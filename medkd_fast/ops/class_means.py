@@ -36,8 +36,9 @@ def class_means(x: torch.Tensor, target: torch.Tensor, *, num_classes: int, igno
         [B, K], int64.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or (on a CPU; on a GPU, where looking would synchronise, means are no
-            numbers) a label outside.
+        ValueError: shapes or devices that do not fit.
+        RuntimeError, or ValueError from plain PyTorch: a label outside. On a GPU, where looking would synchronise, means are
+            no numbers instead.
         TypeError: a dtype that does not fit.
 
     >>> import torch

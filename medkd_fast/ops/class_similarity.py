@@ -32,8 +32,9 @@ def class_similarity(
         The map [B, *S], float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes or devices that do not fit, or (on a CPU; on a GPU, where looking would synchronise, what comes of
-            it is no number) a label outside.
+        ValueError: shapes or devices that do not fit.
+        RuntimeError, or ValueError from plain PyTorch: a label outside. On a GPU, where looking would synchronise, the map is
+            no number in some places instead.
         TypeError: a dtype that does not fit.
 
     >>> import torch

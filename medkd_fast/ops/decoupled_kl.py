@@ -55,7 +55,9 @@ def decoupled_kl(
         target_weight and nontarget_weight. No valid pixel: 0.
 
     Raises:
-        ValueError: shapes, devices or labels that do not fit, C < 2, or a teacher that requires grad.
+        ValueError: shapes or devices that do not fit, C < 2, or a teacher that requires grad.
+        RuntimeError, or ValueError from plain PyTorch: a label outside. On a GPU, where looking would synchronise, the loss is
+            no number instead.
         TypeError: a dtype that does not fit.
 
     >>> import torch
