@@ -2,7 +2,8 @@
 
 `published_*` is the form that the papers' codes have: masks of −1000, probabilities before logarithms, N×N matrices.
 `plain_*` is the best plain PyTorch that we can write: log-odds, sums instead of large matrices. Both give the value of the
-operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S].
+operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S]; of max_pool the
+maxima.
 """
 
 from __future__ import annotations
@@ -128,3 +129,19 @@ class RowsOfPixels(torch.autograd.Function):
 def plain_pixel_relation_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     s, t = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
     return RowsOfPixels.apply(s, t, temperature)
+
+
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def published_max_pool(x: torch.Tensor, window: int = 2) -> torch.Tensor:
+    """As the codes of SKD pool their features."""
+    return MAX_POOL[x.dim() - 2](x, window, ceil_mode=True)
+
+
+def plain_max_pool(x: torch.Tensor, window: int = 2) -> torch.Tensor:
+    """The larger of neighbours, axis by axis, for whole windows of two; autograd halves the gradient of equal values."""
+    assert window == 2
+    for axis in range(x.dim() - 1, 1, -1):
+        x = torch.maximum(*x.unflatten(axis, (-1, 2)).unbind(axis + 1))
+    return x

@@ -16,6 +16,7 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
   have where student and teacher disagree (`sizes_of`; 1, 1 and 4 / (rows·n) for the mean of squared differences of cosines of
   rows of norm n), and K·ε times the condition of the call on top, measured: by how much more the definition in fp64 changes
   than the features, when those are moved by 2^-28 of themselves.
+* max_pool. Its maxima and its gradient are copies of numbers: they are equal.
 
 Where the converged or rotated operating points allow much less, test_numerics.py demands it. The
 roundings of an output to its dtype come on top.
@@ -130,7 +131,7 @@ def tensors(call: Call) -> Tensors:
     if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
-    if call.operator in (*KINDS, "spatial_kl"):
+    if call.operator in (*KINDS, "spatial_kl", "max_pool"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, max(call.channels, 1), pixels, generator=generator)
@@ -147,6 +148,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
         return medkd_fast.pixel_affinity(x, **call.settings)
     if call.operator == "channel_gram":
         return medkd_fast.channel_gram(x, mask=drawn.mask, **call.settings)
+    if call.operator == "max_pool":
+        return medkd_fast.max_pool(x, mask=drawn.mask, **call.settings).pooled
     settings = {**call.settings, "reduction": call.reduction}
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
@@ -376,7 +379,22 @@ def truth(call: Call, drawn: Tensors, upstream: torch.Tensor | None = None) -> t
         return value_and_gradient(lambda x: run(call, x, drawn, teacher), drawn.student.double(), upstream)
 
 
+def check_selection(call: Call) -> None:
+    drawn = tensors(call)
+    shape = truth(call, drawn)[0].shape
+    generator = torch.Generator().manual_seed(call.seed + 1)
+    upstream = (call.upstream * torch.randn(shape, generator=generator)).to(call.student_dtype)
+    layout = LAYOUTS[call.student_layout]
+    with medkd_fast.use_backend("cpp"):
+        got = value_and_gradient(lambda x: run(call, layout(x), drawn, x), drawn.student, upstream)
+    for what, a, b in zip(("value", "gradient"), got, truth(call, drawn, upstream), strict=True):
+        assert a.dtype == call.student_dtype
+        compare(what, a, b, torch.zeros_like(b))
+
+
 def check(call: Call) -> None:
+    if call.operator == "max_pool":
+        return check_selection(call)
     drawn = tensors(call)
     shape = truth(call, drawn)[0].shape
     generator = torch.Generator().manual_seed(call.seed + 1)
@@ -524,12 +542,23 @@ def relation_calls(draw: st.DrawFn, operator: str, relation: str, divergence: st
     return Call(**drawn, settings=settings, zero_rows=draw(st.integers(0, 3)) == 0)
 
 
+@st.composite
+def pool_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("max_pool", (700, 32, 11)).items()}
+    drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
+    window = (
+        draw(st.integers(1, 4)) if draw(st.booleans()) else tuple(draw(st.integers(1, n + 1)) for n in drawn["size"])
+    )
+    return Call(**drawn, settings={"window": window}, zero_rows=draw(st.integers(0, 3)) == 0)
+
+
 #: Every operator and relation: generated calls, and the share of all examples that they get.
 CALLS: dict[str, tuple[st.SearchStrategy[Call], float]] = {
     operator: (logit_calls(operator), 1 / 8) for operator in ("decoupled_kl", "class_kl")
 }
 CALLS["spatial_kl"] = spatial_calls(), 1 / 8
 CALLS["class_pearson"] = pearson_calls(), 1 / 8
+CALLS["max_pool"] = pool_calls(), 1 / 8
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))
