@@ -4,6 +4,8 @@
 `plain_*` is the best plain PyTorch that we can write: log-odds, sums instead of large matrices. Both give the value of the
 operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S]; an attention map is
 of the student alone.
+operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S]; of max_pool the
+maxima.
 """
 
 from __future__ import annotations
@@ -203,3 +205,19 @@ def plain_class_similarity(x: torch.Tensor, target: torch.Tensor, classes: int) 
     products = (prototypes.mT @ features).gather(1, own.unsqueeze(1)).squeeze(1)
     norm_p, norm_x = (y.square().sum(1).clamp_min(1e-16).sqrt() for y in (prototypes, features))
     return (products / (norm_p.gather(1, own) * norm_x)).view(target.shape)
+
+
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def published_max_pool(x: torch.Tensor, window: int = 2) -> torch.Tensor:
+    """As the codes of SKD pool their features."""
+    return MAX_POOL[x.dim() - 2](x, window, ceil_mode=True)
+
+
+def plain_max_pool(x: torch.Tensor, window: int = 2) -> torch.Tensor:
+    """The larger of neighbours, axis by axis, for whole windows of two; autograd halves the gradient of equal values."""
+    assert window == 2
+    for axis in range(x.dim() - 1, 1, -1):
+        x = torch.maximum(*x.unflatten(axis, (-1, 2)).unbind(axis + 1))
+    return x

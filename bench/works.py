@@ -193,6 +193,27 @@ def by_class(
     return work
 
 
+def max_pool(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Work:
+    """Windows of two along every axis, and the sum of the maxima. What the sum itself takes, every variant takes."""
+    student, _, _ = _inputs(shape, None, layout, dtype)
+    work = Work(
+        "max_pool",
+        _title("max_pool", shape, None, layout, dtype),
+        student,
+        lambda: medkd_fast.max_pool(student, 2).pooled.sum(),
+    )
+    for kind in ("published", "plain"):
+        pool = getattr(baselines, f"{kind}_max_pool")
+        work.variants[kind] = (lambda x, f=pool: f(x).sum()), (student,)
+    windows = student.numel() // 2 ** (len(shape) - 2)
+    # the maxima, and as much for the gradient that arrives; places written and read
+    work.bytes = 2 * work.student_bytes + windows * (2 * student.element_size() + 2 * 2)
+    work.input_bytes = work.student_bytes
+    if (layout, dtype) != ("contiguous", torch.float32):
+        work.ordinary = max_pool(shape)
+    return work
+
+
 def host(make: Callable[[], Work]) -> Work:
     work = make()
     work.name += " host"
@@ -263,6 +284,10 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
             ("_3d", (1, 32, 48, 48, 48), {}),
         )
     },
+    "max_pool": lambda: max_pool((2, 64, 64, 64)),
+    "max_pool_bf16": lambda: max_pool((2, 64, 64, 64), dtype=BF16),
+    "max_pool_channels_last": lambda: max_pool((2, 64, 64, 64), layout="channels_last"),
+    "max_pool_3d": lambda: max_pool((1, 32, 48, 48, 48)),
     **{f"{name}_small": partial(make, (1, 4, 32, 32)) for name, make in SMALL.items()},
     **{f"{name}_64": partial(make, (1, 4, 64, 64)) for name, make in SMALL.items()},
 }
@@ -286,6 +311,8 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "class_means_bf16": lambda: by_class("class_means", (16, 64, 128, 128), dtype=BF16),
     "class_similarity": lambda: by_class("class_similarity", (16, 64, 128, 128)),
     "class_similarity_bf16": lambda: by_class("class_similarity", (16, 64, 128, 128), dtype=BF16),
+    "max_pool": lambda: max_pool((16, 64, 128, 128)),
+    "max_pool_bf16": lambda: max_pool((16, 64, 128, 128), dtype=BF16),
     **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
 }
 WORKS = GPU_WORKS if machine.GPU else CPU_WORKS

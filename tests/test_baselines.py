@@ -91,3 +91,13 @@ def test_by_class(kind: str, name: str, shape: tuple[int, ...]) -> None:
     value, gradient = value_and_gradient(lambda x: getattr(baselines, f"{kind}_{name}")(x, target, 4), x, upstream)
     assert_close(value, want, 1e-12)
     assert_close(gradient, want_gradient, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+@pytest.mark.parametrize("size", [(8, 10), (4, 6, 2)], ids=str)
+def test_max_pool(kind: str, size: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    upstream = torch.randn(2, 3, *(n // 2 for n in size), dtype=torch.float64)
+    want = value_and_gradient(lambda y: medkd_fast.max_pool(y, 2).pooled, x, upstream)
+    got = value_and_gradient(getattr(baselines, f"{kind}_max_pool"), x, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

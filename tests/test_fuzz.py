@@ -24,6 +24,7 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
 * By class. Of up to 32 features in a row the sum may be in fp32: means are wrong by 2·K·ε of the mean magnitude, and so a
   prototype relative to its norm by 2·K·ε·κ, κ the quotient of the two. A cosine is, and the direction of every term of its
   gradient, by K·ε·(1 + 2κ); what comes through the prototype adds up the class's |v|.
+* max_pool. Its maxima and its gradient are copies of numbers: they are equal.
 
 Where the converged or rotated operating points allow much less, test_numerics.py demands it. The
 roundings of an output to its dtype come on top.
@@ -140,6 +141,7 @@ def tensors(call: Call) -> Tensors:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
     if call.operator in (*KINDS, "spatial_kl", "standardised_mse", "attention_map"):
+    if call.operator in (*KINDS, "spatial_kl", "max_pool"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, call.settings.get("num_classes", max(call.channels, 1)), pixels, generator=generator)
@@ -165,6 +167,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
     if call.operator in BY_CLASS:
         result = getattr(medkd_fast, call.operator)(x, drawn.target, ignore_index=100, **call.settings)
         return result.means if call.operator == "class_means" else result
+    if call.operator == "max_pool":
+        return medkd_fast.max_pool(x, mask=drawn.mask, **call.settings).pooled
     settings = {**call.settings, "reduction": call.reduction}
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
@@ -470,7 +474,22 @@ def truth(call: Call, drawn: Tensors, upstream: torch.Tensor | None = None) -> t
         return value_and_gradient(lambda x: run(call, x, drawn, teacher), drawn.student.double(), upstream)
 
 
+def check_selection(call: Call) -> None:
+    drawn = tensors(call)
+    shape = truth(call, drawn)[0].shape
+    generator = torch.Generator().manual_seed(call.seed + 1)
+    upstream = (call.upstream * torch.randn(shape, generator=generator)).to(call.student_dtype)
+    layout = LAYOUTS[call.student_layout]
+    with medkd_fast.use_backend("cpp"):
+        got = value_and_gradient(lambda x: run(call, layout(x), drawn, x), drawn.student, upstream)
+    for what, a, b in zip(("value", "gradient"), got, truth(call, drawn, upstream), strict=True):
+        assert a.dtype == call.student_dtype
+        compare(what, a, b, torch.zeros_like(b))
+
+
 def check(call: Call) -> None:
+    if call.operator == "max_pool":
+        return check_selection(call)
     drawn = tensors(call)
     shape = truth(call, drawn)[0].shape
     generator = torch.Generator().manual_seed(call.seed + 1)
@@ -651,6 +670,16 @@ def relation_calls(draw: st.DrawFn, operator: str, relation: str, divergence: st
     return Call(**drawn, settings=settings, zero_rows=draw(st.integers(0, 3)) == 0)
 
 
+@st.composite
+def pool_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("max_pool", (700, 32, 11)).items()}
+    drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
+    window = (
+        draw(st.integers(1, 4)) if draw(st.booleans()) else tuple(draw(st.integers(1, n + 1)) for n in drawn["size"])
+    )
+    return Call(**drawn, settings={"window": window}, zero_rows=draw(st.integers(0, 3)) == 0)
+
+
 #: Every operator and relation: generated calls, and the share of all examples that they get.
 CALLS: dict[str, tuple[st.SearchStrategy[Call], float]] = {
     operator: (logit_calls(operator), 1 / 8) for operator in ("decoupled_kl", "class_kl")
@@ -661,6 +690,7 @@ CALLS["standardised_mse"] = standardised_calls(), 1 / 8
 CALLS["attention_map"] = attention_calls(), 1 / 8
 for operator in BY_CLASS:
     CALLS[operator] = class_calls(operator), 1 / 16
+CALLS["max_pool"] = pool_calls(), 1 / 8
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))

@@ -78,16 +78,11 @@ def formula(
 
 def check(x: torch.Tensor, window: int | tuple[int, ...], mask: torch.Tensor | None = None) -> torch.Tensor:
     """Compares with the formula, with an upstream gradient in another order of memory. Returns the gradient."""
-    shape = max_pool(x, window).pooled.shape
-    upstream = torch.randn(shape[::-1]).to(x.dtype).permute(*reversed(range(len(shape))))
     got = max_pool(x, window, mask=mask)
+    shape = got.pooled.shape
+    upstream = torch.randn(shape[::-1]).to(x.dtype).permute(*reversed(range(len(shape))))
     value, gradient = value_and_gradient(lambda y: max_pool(y, window, mask=mask).pooled, x, upstream)
-    want, some, want_gradient = (
-        y.to(x.device)
-        for y in formula(
-            *(y if y is None or not isinstance(y, torch.Tensor) else y.cpu() for y in (x, window, mask, upstream))
-        )
-    )
+    want, some, want_gradient = formula(x, window, mask, upstream)
     assert value.dtype == gradient.dtype == x.dtype and value.is_contiguous()
     for name, a, b in (
         ("value", value, want),
@@ -113,21 +108,21 @@ def test_equals_the_formula(backend: str, shape: tuple[int, ...], window: int | 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [2, (3, 4), (2, 1)], ids=str)
 def test_dtypes(backend: str, dtype: torch.dtype, window: int | tuple[int, int]) -> None:
-    x = drawn((2, 3, 6, 16), dtype)
+    x = drawn((1, 2, 6, 16), dtype)
     x[..., ::3] *= 1e-7  # subnormal in float16
     check(x, window)
-    check(x, window, torch.rand(2, 6, 16) < 0.4)
+    check(x, window, torch.rand(1, 6, 16) < 0.4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("window", [2, (3, 4), (9, 8)], ids=str)
 def test_what_is_infinite_or_no_number(backend: str, dtype: torch.dtype, window: int | tuple[int, int]) -> None:
-    x = drawn((2, 3, 9, 16), dtype)
+    x = drawn((1, 3, 9, 16), dtype)
     for value, share in ((torch.inf, 0.02), (-torch.inf, 0.5), (torch.nan, 0.03), (-torch.nan, 0.03)):
         x[torch.rand(x.shape) < share] = value
     x[0, 0] = -torch.inf
     check(x, window)
-    check(x, window, torch.rand(2, 9, 16) < 0.5)
+    check(x, window, torch.rand(1, 9, 16) < 0.5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 9, 16), (1, 2, 4, 6, 5), (1, 2, 30)], ids=str)
@@ -188,7 +183,7 @@ def test_gradcheck(backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize(("shape", "window"), [((2, 5, 9, 11), 2), ((1, 20, 5, 4, 6), 2), ((1, 70, 7, 9), 3)], ids=str)
+@pytest.mark.parametrize(("shape", "window"), [((2, 5, 7, 9), 2), ((1, 9, 3, 4, 5), 2), ((1, 34, 4, 7), 3)], ids=str)
 def test_layouts(fused: str, shape: tuple[int, ...], window: int) -> None:
     x, mask = drawn(shape), torch.rand(shape[0], *shape[2:]) < 0.5
     wide = torch.randn(*shape[:-1], 2 * shape[-1])

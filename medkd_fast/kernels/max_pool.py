@@ -133,11 +133,10 @@ def index_type(size: list[int]) -> tl.dtype:
     return tl.int32 if math.prod(size) < 2**30 else tl.int64
 
 
-def blocks_of(channels: int, planes: bool, most: int) -> tuple[int, int]:
-    """Channels and neighbours of a tile: where a channel's pixels lie side by side, one channel; else up to 32."""
-    rows = 1 if planes else min(triton.next_power_of_2(channels), 32)
-    columns = min(triton.next_power_of_2(most), 256 if planes else 32)
-    return rows, columns
+def blocks_of(channels: int, neighbours: int, planes: bool, area: int) -> tuple[int, int]:
+    """Channels and neighbours of a tile of `area` where a channel's pixels lie side by side, else of up to 32 neighbours."""
+    columns = min(triton.next_power_of_2(neighbours), area if planes else 32)
+    return min(triton.next_power_of_2(channels), (area if planes else 1024) // columns), columns
 
 
 @operator()
@@ -159,7 +158,7 @@ def max_pool(
         "WINDOW_Z": steps[0], "WINDOW_Y": steps[1], "WINDOW_X": steps[2],
     }  # fmt: skip
     few = math.prod(steps) <= FEW
-    rows, columns = blocks_of(C, strides[2] == 1, windows) if few else (1, 4)
+    rows, columns = blocks_of(C, windows, strides[2] == 1, 256) if few else (1, 4)
     blocks = -(-windows // columns)
     args = kept, mask, pooled, place, C, math.prod(size), windows, blocks, *size, *number[1:], *strides
     if few:
@@ -182,8 +181,7 @@ def max_pool_backward(
         size, steps, number = sizes_of(x, window)
         N = math.prod(size)
         v, strides_v = planes_of(upstream)
-        rows, columns = blocks_of(C, strides[2] == 1, N)
-        columns = min(triton.next_power_of_2(N), 4 * columns)
+        rows, columns = blocks_of(C, N, strides[2] == 1, 1024)
         blocks = -(-N // columns)
         spread_kernel[(B * blocks, -(-C // rows))](
             place, v, written, C, N, math.prod(number), blocks, *size[1:], *number[1:],
