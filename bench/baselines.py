@@ -2,10 +2,8 @@
 
 `published_*` is the form that the papers' codes have: masks of −1000, probabilities before logarithms, N×N matrices.
 `plain_*` is the best plain PyTorch that we can write: log-odds, sums instead of large matrices. Both give the value of the
-operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S]; an attention map is
-of the student alone.
-operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S]; of max_pool the
-maxima.
+operator with reduction "mean" (tests/test_baselines.py), each for student [B, C, *S] and teacher [B, C, *S]; attention maps, means
+and similarities by class and maxima are of the student alone.
 """
 
 from __future__ import annotations

@@ -140,8 +140,7 @@ def tensors(call: Call) -> Tensors:
     if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
-    if call.operator in (*KINDS, "spatial_kl", "standardised_mse", "attention_map"):
-    if call.operator in (*KINDS, "spatial_kl", "max_pool"):
+    if call.operator in (*KINDS, "spatial_kl", "standardised_mse", "attention_map", "max_pool"):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, call.settings.get("num_classes", max(call.channels, 1)), pixels, generator=generator)
