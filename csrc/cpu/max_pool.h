@@ -291,22 +291,32 @@ inline void pool_channels_inside(const MaxPool& pool, const PoolPart& part, int6
   }
 }
 
+// The gradient of one line of `length` windows of `step` pixels along x; the first of each has place `first`.
+template <typename T, int step>
+inline void spread_line(const PoolValue<T>* __restrict upstream, const int16_t* __restrict place, int64_t length,
+                        int16_t first, PoolValue<T>* __restrict to) {
+  using Value = PoolValue<T>;
+  using Lane = PoolLane<T>;
+  for (int64_t o = 0; o < length; ++o) {
+    const Lane number = static_cast<Lane>(static_cast<Lane>(place[o]) - static_cast<Lane>(first));
+    const Value v = upstream[o];
+    to[o * step] = number == 0 ? v : Value(0);
+    if (step == 2) to[o * step + 1] = number == 1 ? v : Value(0);
+  }
+}
+
 // The gradient of windows of `step` pixels along x, whose pixels lie side by side.
 template <typename T, int step>
-inline void spread_narrow(const MaxPool& pool, const PoolPart& part, const PoolValue<T>* __restrict upstream,
-                         const int16_t* __restrict place, PoolValue<T>* plane) {
-  using Value = PoolValue<T>;
+inline void spread_narrow(const MaxPool& pool, const PoolPart& part, const PoolValue<T>* upstream, const int16_t* place,
+                          PoolValue<T>* plane) {
   const int64_t begin = part.first * step;
   const int64_t columns = pool.size[2] - begin < part.count * step ? pool.size[2] - begin : part.count * step;
   const int64_t whole = columns / step;
   over_lines(pool, part, [&](int64_t line, int64_t at) {
-    Value* __restrict to = plane + line + begin;
-    const PoolLane<T> first = static_cast<PoolLane<T>>(at);
-    for (int64_t o = 0; o < whole; ++o) {
-#pragma GCC unroll 2
-      for (int j = 0; j < step; ++j) to[o * step + j] = place[o] == first + j ? upstream[o] : Value(0);
-    }
-    if (whole * step < columns) to[whole * step] = place[whole] == first ? upstream[whole] : Value(0);
+    const int16_t first = static_cast<int16_t>(at);
+    PoolValue<T>* to = plane + line + begin;
+    spread_line<T, step>(upstream, place, whole, first, to);
+    spread_line<T, 1>(upstream + whole, place + whole, columns - whole * step, first, to + whole * step);
   });
 }
 
