@@ -5,23 +5,23 @@
 
 #if defined(__GLIBC__)
 
-// exp and log have had a second version since glibc 2.29. It differs in errno alone; the first one is in every glibc.
+// These have had a second version since glibc 2.29. It differs in errno alone; the first one is in every glibc.
 #if defined(__x86_64__)
-__asm__(".symver first_exp, exp@GLIBC_2.2.5");
-__asm__(".symver first_log, log@GLIBC_2.2.5");
+#define MEDKD_FIRST_GLIBC "GLIBC_2.2.5"
 #elif defined(__aarch64__)
-__asm__(".symver first_exp, exp@GLIBC_2.17");
-__asm__(".symver first_log, log@GLIBC_2.17");
+#define MEDKD_FIRST_GLIBC "GLIBC_2.17"
 #endif
-#if defined(__x86_64__) || defined(__aarch64__)
-extern "C" {
-double first_exp(double x);
-double first_log(double x);
-double any_exp(double x) __asm__("exp");
-double any_log(double x) __asm__("log");
-double any_exp(double x) { return first_exp(x); }
-double any_log(double x) { return first_log(x); }
-}
+#if defined(MEDKD_FIRST_GLIBC)
+#define MEDKD_FIRST(name, parameters, arguments)                     \
+  __asm__(".symver first_" #name ", " #name "@" MEDKD_FIRST_GLIBC); \
+  extern "C" double first_##name parameters;                        \
+  extern "C" double any_##name parameters __asm__(#name);           \
+  extern "C" double any_##name parameters { return first_##name arguments; }
+MEDKD_FIRST(exp, (double x), (x))
+MEDKD_FIRST(exp2, (double x), (x))
+MEDKD_FIRST(log, (double x), (x))
+MEDKD_FIRST(log2, (double x), (x))
+MEDKD_FIRST(pow, (double x, double y), (x, y))
 #endif
 
 // GCC 11 and later asks glibc 2.32 whether there is but one thread, which then counts references without atomics: say no.

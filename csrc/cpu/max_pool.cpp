@@ -47,7 +47,7 @@ struct PoolCall {
 static std::tuple<Tensor, Tensor> max_pool(
     const Tensor& x,                    // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous
-    std::vector<int64_t> window) {
+    const std::vector<int64_t>& window) {
   PoolCall call(x, window);
   call.lies_as(planes_of(x, call.holder));
   Tensor pooled = new_like(x, call.pooled_shape, x.scalar_type());
@@ -63,7 +63,7 @@ static Tensor max_pool_backward(
     const Tensor& x,         // [B, C, *S]
     const Tensor& place,     // [B, C, *P], contiguous
     const Tensor& upstream,  // [B, C, *P], in x's type
-    std::vector<int64_t> window) {
+    const std::vector<int64_t>& window) {
   PoolCall call(x, window);
   const Gradient gradient(x);
   call.lies_as(planes_of(gradient.written, call.holder));

@@ -380,7 +380,7 @@ static PoolCall call_of(const Tensor& x, const std::vector<int64_t>& window, std
 static std::tuple<Tensor, Tensor> max_pool(
     const Tensor& x,                    // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous
-    std::vector<int64_t> window) {
+    const std::vector<int64_t>& window) {
   const OnDevice device(x);
   std::vector<int64_t> shape;
   std::vector<Tensor> holder;
@@ -405,7 +405,7 @@ static Tensor max_pool_backward(
     const Tensor& x,         // [B, C, *S]
     const Tensor& place,     // [B, C, *P], contiguous
     const Tensor& upstream,  // [B, C, *P], in x's type
-    std::vector<int64_t> window) {
+    const std::vector<int64_t>& window) {
   const OnDevice device(x);
   std::vector<int64_t> shape;
   std::vector<Tensor> holder;
