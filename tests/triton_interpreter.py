@@ -30,8 +30,9 @@ def _cast(self: Any, x: interpreter.TensorHandle, to: tl.dtype) -> interpreter.T
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    # contiguous: NumPy takes a matrix times its own transpose for something else, and adds up in another order
-    product = np.matmul(_widened(a), np.ascontiguousarray(_widened(b)), dtype=d.data.dtype)
+    # rounded once: a product that is taken twice has the same bits on a GPU, and with a BLAS that adds up in fp32 it depends on
+    # the machine, and on where in the matrix a number lies
+    product = np.matmul(_widened(a), np.ascontiguousarray(_widened(b)), dtype=np.float64).astype(d.data.dtype)
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
