@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import machine
-import published_losses as published
+import published_losses
 import torch
 from works import Call, Work, few_rounds
 
@@ -30,9 +30,29 @@ def inputs(shape: tuple[int, ...]) -> Inputs:
     return student.requires_grad_(), teacher, target
 
 
-def calls(name: str, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> tuple[Call, Callable, Any]:
-    """Of a loss, the module's call, its published form and that one's arguments, with the module's default settings."""
-    both, extra, settings = (student, teacher), {}, {}
+def beside(like: torch.Tensor, *channels: int) -> list[torch.Tensor]:
+    """What else a network gives: maps of the size of `like`, each a tensor of its own."""
+    generator = torch.Generator(like.device).manual_seed(1 + like.requires_grad)
+
+    def draw(number: int) -> torch.Tensor:
+        size = (like.shape[0], number, *like.shape[2:])
+        x = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
+        return x.requires_grad_(like.requires_grad)
+
+    return [draw(number) for number in channels]
+
+
+class Calls(NamedTuple):
+    """Of a loss, the module's call with its default settings, its published form and that one's arguments."""
+
+    module: Call
+    published: Callable[..., torch.Tensor]
+    args: tuple[Any, ...]
+    layers: list[torch.Tensor]  # of the student, beside the tensor that was given
+
+
+def calls(name: str, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> Calls:
+    both, extra, settings, layers = (student, teacher), {}, {}, []
     labels, others = target, both
     if name in ("dkd", "boundary_kd"):
         others = (*both, target)
@@ -48,14 +68,16 @@ def calls(name: str, student: torch.Tensor, teacher: torch.Tensor, target: torch
             {"features": [feature]},
         )
     elif name == "dsd":
-        parts = [x.split((CLASSES, 7, x.shape[1] - CLASSES - 7), 1) for x in both]
-        layers = [[x, *of_x[1:]] for x, of_x in zip(both, parts, strict=True)]
-        extra = {"student_features": layers[0], "teacher_features": layers[1]}
-        both = (parts[0][0], parts[1][0])
-        others = (*both, *layers)
+        (logits_s, *more_s), (logits_t, *more_t) = (beside(x, CLASSES, *x.shape[1:2] * 2) for x in both)
+        layers = [logits_s, *more_s]
+        extra = {"student_features": [student, *more_s], "teacher_features": [teacher, *more_t]}
+        both = (logits_s, logits_t)
+        others = (*both, *extra.values())
     elif name == "emkd":
+        (logits_s,), (logits_t,) = (beside(x, CLASSES) for x in both)
+        layers = [logits_s]
         settings, extra = {"num_classes": CLASSES}, {"student_features": [student], "teacher_features": [teacher]}
-        both = (student[:, :CLASSES], teacher[:, :CLASSES])
+        both = (logits_s, logits_t)
         others = (*both, target, student, teacher)
     torch.manual_seed(0)
     loss = losses.build(name, **settings).to(student)
@@ -63,14 +85,16 @@ def calls(name: str, student: torch.Tensor, teacher: torch.Tensor, target: torch
         (project,) = loss.projectors
         others = (*both, target, feature, project.weight.detach().flatten(1), project.bias.detach())
     needs_labels = name in ("dkd", "boundary_kd", "ifvd", "sdd", "dmd", "emkd")
-    return partial(loss, *both, labels if needs_labels else None, **extra), getattr(published, name), others
+    module = partial(loss, *both, labels if needs_labels else None, **extra)
+    return Calls(module, getattr(published_losses, name), others, layers)
 
 
 def work(name: str, shape: tuple[int, ...]) -> Work:
     student, teacher, target = inputs(shape)
-    module, function, args = calls(name, student, teacher, target)
+    made_of = calls(name, student, teacher, target)
     title = f"{name} {list(shape)}".replace(", ", ",")
-    made = Work("", title, student, module, {"published": (function, args)}, group="losses")
+    published = {"published": (made_of.published, made_of.args)}
+    made = Work("", title, student, made_of.module, published, group="losses", layers=tuple(made_of.layers))
     made.bytes = 3 * made.student_bytes  # both read, the gradient written
     made.input_bytes = 2 * made.student_bytes
     if name == "cirkd":  # two symmetric products in each of two passes, and a full one, of the pixels of all images

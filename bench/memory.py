@@ -38,15 +38,19 @@ def _status(field: str) -> int:
     return int(match.group(1)) * 1024
 
 
-def peak_bytes(student: torch.Tensor, function: Callable[[], torch.Tensor]) -> int:
-    if student.is_cuda:
-        student.grad = None
+def peak_bytes(leaves: tuple[torch.Tensor, ...], function: Callable[[], torch.Tensor]) -> int:
+    def forget() -> None:
+        for x in leaves:
+            x.grad = None
+
+    if leaves[0].is_cuda:
+        forget()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function().backward()
         return torch.cuda.max_memory_allocated() - before
     for _ in range(2):  # the first call loads code and starts threads
-        student.grad = None
+        forget()
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         function().backward()
@@ -56,10 +60,10 @@ def peak_bytes(student: torch.Tensor, function: Callable[[], torch.Tensor]) -> i
 
 def every_peak(key: str) -> dict[str, int]:
     work = {**WORKS, **LOSS_WORKS}[key]()
-    peaks = {"fused": peak_bytes(work.student, work.fused)}
+    peaks = {"fused": peak_bytes(work.leaves, work.fused)}
     for kind, (baseline, args) in work.variants.items():
         try:
-            peaks[f"{kind} eager"] = peak_bytes(work.student, lambda f=baseline, a=args: f(*a))
+            peaks[f"{kind} eager"] = peak_bytes(work.leaves, lambda f=baseline, a=args: f(*a))
         except torch.OutOfMemoryError:
             continue
     return peaks

@@ -24,7 +24,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         (
             "Forward and backward. Times: median (20–80 %). Ratios: median over rounds of variant / fused, so more is better for "
-            "us. Peak: memory above the inputs, the gradient included, beside the size of the student's tensor."
+            "us. Peak: memory above the inputs, the gradient included, beside the size of the student's tensors."
             + " GPU: replays of CUDA graphs; «host»: what the host needs for an eager call."
             * (result["device"] == "gpu")
         ),

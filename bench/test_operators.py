@@ -19,8 +19,9 @@ from medkd_fast import backend
 CLOCKS: dict[str, clock.Clock] = {"cpu": clock.cpu, "gpu": clock.gpu, "host": clock.host}
 
 
-def step(student: torch.Tensor, function: Call) -> None:
-    student.grad = None
+def step(leaves: tuple[torch.Tensor, ...], function: Call) -> None:
+    for x in leaves:
+        x.grad = None
     function().backward()
 
 
@@ -32,18 +33,18 @@ def forced(name: str, function: Call) -> Call:
     return call
 
 
-def calls_of(work: Work) -> dict[str, tuple[torch.Tensor, Call]]:
-    """Of every variant, the student and the call on one set of inputs."""
-    calls = {"fused": (work.student, work.fused)}
+def calls_of(work: Work) -> dict[str, tuple[tuple[torch.Tensor, ...], Call]]:
+    """Of every variant, what gets a gradient and the call on one set of inputs."""
+    calls = {"fused": (work.leaves, work.fused)}
     for name in backend.OPERATORS.get(work.operator, {}).get("cuda", ()) if machine.GPU else ():
         if not backend.UNAVAILABLE[name]:
-            calls[f"fused {name}"] = work.student, forced(name, work.fused)
+            calls[f"fused {name}"] = work.leaves, forced(name, work.fused)
     if work.ordinary:
-        calls["fused fp32 contiguous"] = work.ordinary.student, work.ordinary.fused
+        calls["fused fp32 contiguous"] = work.ordinary.leaves, work.ordinary.fused
     for kind, (function, args) in work.variants.items():
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        calls[f"{kind} eager"] = work.student, lambda f=function, a=args: f(*a)
-        calls[f"{kind} compiled"] = work.student, lambda f=compiled, a=args: f(*a)
+        calls[f"{kind} eager"] = work.leaves, lambda f=function, a=args: f(*a)
+        calls[f"{kind} compiled"] = work.leaves, lambda f=compiled, a=args: f(*a)
     return calls
 
 

@@ -37,10 +37,15 @@ class Work:
     input_bytes: int = 0
     ordinary: Work | None = None  # the same in fp32 and contiguous, where this is not
     group: str = ""  # the table that it stands in: of the operators, or of the losses
+    layers: tuple[torch.Tensor, ...] = ()  # of the student, which want gradients beside it
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return self.student, *self.layers
 
     @property
     def student_bytes(self) -> int:
-        return self.student.numel() * self.student.element_size()
+        return sum(x.numel() * x.element_size() for x in self.leaves)
 
 
 def _inputs(shape: tuple[int, ...], low: tuple[int, ...] | None, layout: str, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -148,7 +148,7 @@ def weighted_sum(student: torch.Tensor, terms: dict[str, tuple[float, torch.Tens
     """Σ weight · part in the type of the arithmetic; 0 without any."""
     loss = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
     for weight, part in terms.values():
-        loss = loss + weight * part
+        loss = torch.add(loss, part, alpha=weight)
     return loss
 
 

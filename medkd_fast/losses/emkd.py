@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 
 from medkd_fast import functional
 from medkd_fast.losses import common
@@ -84,9 +86,9 @@ class EMKDLoss(common.DistillationLoss):
             )
         pairs = list(zip(student_features, teacher_features, strict=True))
         if self.importance_weight:
-            parts["importance"] = torch.stack([self._importance(s, t, target) for s, t in pairs]).sum()
+            parts["importance"] = reduce(torch.add, (self._importance(s, t, target) for s, t in pairs))
         if self.region_weight:
-            parts["region"] = torch.stack([self._region(s, t, target) for s, t in pairs]).sum()
+            parts["region"] = reduce(torch.add, (self._region(s, t, target) for s, t in pairs))
         self.parts = {name: part.detach() for name, part in parts.items()}
         return common.weighted_sum(student, {name: (getattr(self, f"{name}_weight"), x) for name, x in parts.items()})
 
@@ -99,14 +101,16 @@ class EMKDLoss(common.DistillationLoss):
         common.check_dims(student, teacher)
         (means_s, there_s), (means_t, there_t) = self._regions(student, target), self._regions(teacher, target)
         there = there_s & there_t
-        # of a class that is absent in one network the mean is taken for 0 in both: no cosine with it differs
-        cosine_s, cosine_t = (
-            functional.channel_gram(torch.where(there.unsqueeze(2), means, 0)) for means in (means_s, means_t)
-        )
-        squared = (cosine_s - cosine_t).square().sum((1, 2))  # every pair twice
+        if student.shape[2:] != teacher.shape[2:]:  # a class that is absent in one network is 0 in both: no cosine differs
+            means_s, means_t = (torch.where(there.unsqueeze(2), means, 0) for means in (means_s, means_t))
+        # the classes are the channels of a relation; where one network has fewer features, zeros change no cosine
+        features = max(means_s.shape[2], means_t.shape[2])
+        means_s, means_t = (F.pad(means, (0, features - means.shape[2])) for means in (means_s, means_t))
+        squared = functional.channel_relation(means_s, means_t, reduction="none")  # the mean over classes x classes
         number = there.sum(1)
         pairs = number * (number - 1)
-        return (squared / pairs.clamp(min=1)).sum() / (pairs > 0).sum().clamp(min=1)
+        of_images = (squared / pairs.clamp(min=1)).sum() * self.num_classes**2
+        return of_images / (pairs > 0).sum().clamp(min=1)
 
     def _regions(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean features [B, K, C] of the classes, and which are there."""
