@@ -108,7 +108,7 @@ static Tensor attention_map_backward(
     const Tensor& upstream,             // [B, *S], in the type of the arithmetic
     double power) {
   AttentionCall call(x, mask, power);
-  const Gradient gradient(x);
+  const HostGradient gradient(x);
   call.attention.gradient = planes_of(gradient.written, call.holder);
   if (call.type == ScalarType::Double)
     backward<double>(call, map, norms, upstream);

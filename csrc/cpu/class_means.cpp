@@ -49,7 +49,7 @@ static Tensor class_means_backward(
     const Tensor& upstream,  // [B, K, C], in the type of the arithmetic
     int64_t ignore_index) {
   ClassCall call(x, target, counts.size(1), ignore_index);
-  const Gradient gradient(x);
+  const HostGradient gradient(x);
   call.features.map.gradient = planes_of(gradient.written, call.holder);
   (call.type == ScalarType::Double ? backward<double> : backward<float>)(call, counts, upstream);
   return gradient.finish();

@@ -100,7 +100,7 @@ static Tensor class_pearson_backward(
     const Tensor& upstream,               // [], in the type of the arithmetic
     double temperature, int64_t ignore_index) {
   PearsonCall call(student, teacher, target, temperature, ignore_index);
-  const Gradient gradient(student);
+  const HostGradient gradient(student);
   call.loss.gradient = planes_of(gradient.written, call.holder);
   if (arithmetic_type(student, teacher) == ScalarType::Double)
     gradient_of<double>(call, coefficients, upstream);

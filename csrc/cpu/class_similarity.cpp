@@ -98,7 +98,7 @@ static Tensor class_similarity_backward(
     const Tensor& upstream,    // [B, *S]
     int64_t ignore_index) {
   ClassCall call(x, target, counts.size(1), ignore_index);
-  const Gradient gradient(x);
+  const HostGradient gradient(x);
   call.features.map.gradient = planes_of(gradient.written, call.holder);
   (call.type == ScalarType::Double ? backward<double> : backward<float>)(call, similarity, means, counts, inverse, upstream);
   return gradient.finish();

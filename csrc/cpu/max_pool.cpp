@@ -50,7 +50,7 @@ static std::tuple<Tensor, Tensor> max_pool(
     const std::vector<int64_t>& window) {
   PoolCall call(x, window);
   call.lies_as(planes_of(x, call.holder));
-  Tensor pooled = new_like(x, call.pooled_shape, x.scalar_type());
+  Tensor pooled = in_large_pages(new_like(x, call.pooled_shape, x.scalar_type()));
   Tensor place = new_like(x, call.pooled_shape, ScalarType::Short);
   call.pool.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
   call.pool.pooled = pooled.data_ptr();
@@ -65,7 +65,7 @@ static Tensor max_pool_backward(
     const Tensor& upstream,  // [B, C, *P], in x's type
     const std::vector<int64_t>& window) {
   PoolCall call(x, window);
-  const Gradient gradient(x);
+  const HostGradient gradient(x);
   call.lies_as(planes_of(gradient.written, call.holder));
   const Tensor dense = torch::stable::contiguous(upstream);
   MaxPool& pool = call.pool;

@@ -13,7 +13,7 @@ static Tensor forward(const RelationCall& call, const Tensor& x) {
   const int64_t pixels = call.relation.pixels, channels = call.relation.student_channels;
   const LoadedPanels<A> loaded(call.relation, call.relation.student, call.images, channels);
   const int64_t image_size = loaded.per_image * channels * panel_pixels;
-  Tensor affinity = new_like(x, {call.images, pixels, pixels}, call.type);
+  Tensor affinity = in_large_pages(new_like(x, {call.images, pixels, pixels}, call.type));
   A* out = static_cast<A*>(affinity.data_ptr());
   for_block_pairs(call.images, loaded.per_image, false, channels,
                   [&](int64_t image, int64_t first_i, int64_t last_i, int64_t, int64_t first_j, int64_t last_j) {
@@ -38,7 +38,7 @@ static Tensor backward(RelationCall& call, const Tensor& x, const Tensor& upstre
                         loaded.panels.rows + image * image_size, channels, pixels, {first_i, last_i, first_j, last_j},
                         arriving + image * pixels * pixels, normalised.get() + image * image_size);
                   });
-  const Gradient gradient(x);
+  const HostGradient gradient(x);
   call.relation.gradient = planes_of(gradient.written, call.holder);
   store_gradient(call, loaded, normalised.get());
   return gradient.finish();

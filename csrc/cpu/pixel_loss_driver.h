@@ -191,7 +191,7 @@ PixelLossOutputs run_pixel_loss(const PixelLossSettings& settings, const PixelLo
   loss.pixels = pixels_of(teacher);
   loss.student = planes_of(student, holder);
   loss.teacher = planes_of(teacher, holder);
-  const Gradient gradient(need_gradient ? student : new_like(student, {0}, student.scalar_type()));
+  const HostGradient gradient(need_gradient ? student : new_like(student, {0}, student.scalar_type()));
   if (need_gradient) loss.gradient = planes_of(gradient.written, holder);
   loss.target = target ? target->data_ptr() : nullptr;
   if (target) loss.target_type = type_of(*target);

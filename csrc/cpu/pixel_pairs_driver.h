@@ -12,7 +12,9 @@ template <typename A>
 class Lines {
  public:
   explicit Lines(int64_t count)
-      : data_(static_cast<A*>(::operator new(static_cast<std::size_t>(count) * sizeof(A), std::align_val_t(64)))) {}
+      : data_(static_cast<A*>(::operator new(static_cast<std::size_t>(count) * sizeof(A), std::align_val_t(64)))) {
+    ask_for_large_pages(data_.get(), count * static_cast<int64_t>(sizeof(A)));
+  }
   A* get() const { return data_.get(); }
 
  private:

@@ -140,7 +140,7 @@ static Tensor backward(PairCall<A>& pair_call, const Tensor& student, const Tens
                                     rows_from(a, b, first_i), rows_from(b, a, first_j), normalised.get());
   });
 
-  const Gradient gradient(student);
+  const HostGradient gradient(student);
   call.relation.gradient = planes_of(gradient.written, call.holder);
   store_gradient(call, pair_call.student, normalised.get());
   return gradient.finish();

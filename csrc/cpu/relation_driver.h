@@ -149,7 +149,7 @@ Tensor relation_gradient(RelationCall& call, const RelationLoops<A>& loops, cons
   // long enough for the memory that rows come from and go to, short enough for the second-level cache
   const int64_t block = std::clamp<int64_t>((1 << 15) / (matrix.size(1) + matrix.size(2)) / 64 * 64, 64, 256);
   constexpr int64_t part = 2048;
-  const Gradient gradient(student);
+  const HostGradient gradient(student);
   call.relation.gradient = planes_of(gradient.written, call.holder);
   const A* matrices = static_cast<const A*>(matrix.data_ptr());
   const A* factors = static_cast<const A*>(upstream.data_ptr());

@@ -57,7 +57,7 @@ static std::tuple<Tensor, Tensor> spatial_kl(
 
 template <typename A>
 static Tensor backward(RelationCall& call, const Tensor& student, const Tensor& rows, const Tensor& upstream) {
-  const Gradient gradient(student);
+  const HostGradient gradient(student);
   call.relation.gradient = planes_of(gradient.written, call.holder);
   const Relation& relation = call.relation;
   const Tensor dense = torch::stable::contiguous(upstream);

@@ -102,7 +102,7 @@ static Tensor standardised_mse_backward(
     const Tensor& coefficients,         // [4C], double, contiguous, as standardised_mse_terms gives them
     const Tensor& upstream) {           // [], in the type of the arithmetic
   RelationCall call(student, teacher, mask);
-  const Gradient gradient(student);
+  const HostGradient gradient(student);
   call.relation.gradient = planes_of(gradient.written, call.holder);
   const MomentTasks tasks(call.relation, call.images);
   const bool twice = call.type == ScalarType::Double;
