@@ -219,3 +219,21 @@ def plain_max_pool(x: torch.Tensor, window: int = 2) -> torch.Tensor:
     for axis in range(x.dim() - 1, 1, -1):
         x = torch.maximum(*x.unflatten(axis, (-1, 2)).unbind(axis + 1))
     return x
+
+
+AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def published_average_pool(x: torch.Tensor, window: int = 2) -> torch.Tensor:
+    """As the code of DSD pools its logits."""
+    return AVERAGE_POOL[x.dim() - 2](x, window, ceil_mode=True, count_include_pad=False)
+
+
+def plain_average_pool(x: torch.Tensor, window: int = 2) -> torch.Tensor:
+    """The sum of neighbours, axis by axis, for whole windows of two."""
+    assert window == 2
+    axes = range(2, x.dim())
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    for axis in axes:
+        x = torch.add(*x.unflatten(axis, (-1, 2)).unbind(axis + 1))
+    return x / 2 ** len(axes)

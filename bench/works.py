@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import baselines
 import machine
@@ -198,24 +199,22 @@ def by_class(
     return work
 
 
-def max_pool(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Work:
-    """Windows of two along every axis, and the sum of the maxima. What the sum itself takes, every variant takes."""
+def pool(operator: str, shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Work:
+    """max_pool or average_pool. Windows of two along every axis, and the sum of the results, which every variant makes."""
     student, _, _ = _inputs(shape, None, layout, dtype)
-    work = Work(
-        "max_pool",
-        _title("max_pool", shape, None, layout, dtype),
-        student,
-        lambda: medkd_fast.max_pool(student, 2).pooled.sum(),
-    )
+    fused = getattr(medkd_fast, operator)
+    title = _title(operator, shape, None, layout, dtype)
+    work = Work(operator, title, student, lambda: fused(student, 2).pooled.sum())
     for kind in ("published", "plain"):
-        pool = getattr(baselines, f"{kind}_max_pool")
+        pool = getattr(baselines, f"{kind}_{operator}")
         work.variants[kind] = (lambda x, f=pool: f(x).sum()), (student,)
     windows = student.numel() // 2 ** (len(shape) - 2)
-    # the maxima, and as much for the gradient that arrives; places written and read
-    work.bytes = 2 * work.student_bytes + windows * (2 * student.element_size() + 2 * 2)
+    # the results, and as much for the gradient that arrives; places written and read
+    size = 2 * student.element_size() + 2 * 2 if operator == "max_pool" else 2 * 4
+    work.bytes = 2 * work.student_bytes + windows * size
     work.input_bytes = work.student_bytes
     if (layout, dtype) != ("contiguous", torch.float32):
-        work.ordinary = max_pool(shape)
+        work.ordinary = pool(operator, shape)
     return work
 
 
@@ -240,6 +239,12 @@ def volume() -> Work:
     return work
 
 
+FEATURES: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
+    ("", (2, 64, 64, 64), {}),
+    ("_bf16", (2, 64, 64, 64), {"dtype": BF16}),
+    ("_channels_last", (2, 64, 64, 64), {"layout": "channels_last"}),
+    ("_3d", (1, 32, 48, 48, 48), {}),
+)
 SMALL: dict[str, Callable[..., Work]] = {
     "decoupled_kl": partial(pixel_loss, "decoupled_kl"),
     "class_kl": partial(pixel_loss, "class_kl"),
@@ -282,17 +287,13 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
     **{
         f"{name}{suffix}": partial(by_class, name, shape, **settings)
         for name in ("class_means", "class_similarity")
-        for suffix, shape, settings in (
-            ("", (2, 64, 64, 64), {}),
-            ("_bf16", (2, 64, 64, 64), {"dtype": BF16}),
-            ("_channels_last", (2, 64, 64, 64), {"layout": "channels_last"}),
-            ("_3d", (1, 32, 48, 48, 48), {}),
-        )
+        for suffix, shape, settings in FEATURES
     },
-    "max_pool": lambda: max_pool((2, 64, 64, 64)),
-    "max_pool_bf16": lambda: max_pool((2, 64, 64, 64), dtype=BF16),
-    "max_pool_channels_last": lambda: max_pool((2, 64, 64, 64), layout="channels_last"),
-    "max_pool_3d": lambda: max_pool((1, 32, 48, 48, 48)),
+    **{
+        f"{name}{suffix}": partial(pool, name, shape, **settings)
+        for name in ("max_pool", "average_pool")
+        for suffix, shape, settings in FEATURES
+    },
     **{f"{name}_small": partial(make, (1, 4, 32, 32)) for name, make in SMALL.items()},
     **{f"{name}_64": partial(make, (1, 4, 64, 64)) for name, make in SMALL.items()},
 }
@@ -316,8 +317,10 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "class_means_bf16": lambda: by_class("class_means", (16, 64, 128, 128), dtype=BF16),
     "class_similarity": lambda: by_class("class_similarity", (16, 64, 128, 128)),
     "class_similarity_bf16": lambda: by_class("class_similarity", (16, 64, 128, 128), dtype=BF16),
-    "max_pool": lambda: max_pool((16, 64, 128, 128)),
-    "max_pool_bf16": lambda: max_pool((16, 64, 128, 128), dtype=BF16),
+    "max_pool": lambda: pool("max_pool", (16, 64, 128, 128)),
+    "max_pool_bf16": lambda: pool("max_pool", (16, 64, 128, 128), dtype=BF16),
+    "average_pool": lambda: pool("average_pool", (16, 64, 128, 128)),
+    "average_pool_bf16": lambda: pool("average_pool", (16, 64, 128, 128), dtype=BF16),
     **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
 }
 WORKS = GPU_WORKS if machine.GPU else CPU_WORKS

@@ -97,6 +97,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) {
   m.def("max_pool_" MEDKD_BACKEND "(Tensor x, Tensor? mask, int[] window) -> (Tensor pooled, Tensor place)");
   m.def(
       "max_pool_backward_" MEDKD_BACKEND "(Tensor x, Tensor place, Tensor upstream, int[] window) -> Tensor gradient");
+  // Outputs: the averages [B, C, *P] in the type of the arithmetic, and of each window the number of pixels that count, int32.
+  m.def("average_pool_" MEDKD_BACKEND "(Tensor x, Tensor? mask, int[] window) -> (Tensor pooled, Tensor number)");
+  m.def(
+      "average_pool_backward_" MEDKD_BACKEND "(Tensor x, Tensor? mask, Tensor number, Tensor upstream, int[] window) "
+      "-> Tensor gradient");
   // gradient *= upstream * scale, in place, in the type of the arithmetic.
   m.def("scale_gradient_" MEDKD_BACKEND "(Tensor(a!) gradient, Tensor upstream, Tensor scale) -> ()");
 }

@@ -5,11 +5,13 @@ from importlib.metadata import PackageNotFoundError, version
 from medkd_fast.backend import set_backend, use_backend
 from medkd_fast.distiller import Distiller, Term
 from medkd_fast.functional import (
+    AveragePool,
     ClassMeans,
     ClassPearson,
     DecoupledKL,
     MaxPool,
     attention_map,
+    average_pool,
     channel_gram,
     channel_relation,
     class_kl,
@@ -30,6 +32,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AveragePool",
     "ClassMeans",
     "ClassPearson",
     "DecoupledKL",
@@ -37,6 +40,7 @@ __all__ = [
     "MaxPool",
     "Term",
     "attention_map",
+    "average_pool",
     "channel_gram",
     "channel_relation",
     "class_kl",

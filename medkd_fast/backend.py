@@ -33,6 +33,7 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "class_similarity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "standardised_mse": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "max_pool": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "average_pool": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
 }
 
 

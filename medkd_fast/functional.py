@@ -1,6 +1,7 @@
 """The public functions. Each runs through the fused backend that `medkd_fast.backend` chooses for its tensors."""
 
 from medkd_fast.ops.attention_map import attention_map
+from medkd_fast.ops.average_pool import AveragePool, average_pool
 from medkd_fast.ops.channel_gram import channel_gram
 from medkd_fast.ops.channel_relation import channel_relation
 from medkd_fast.ops.class_kl import class_kl
@@ -15,11 +16,13 @@ from medkd_fast.ops.spatial_kl import spatial_kl
 from medkd_fast.ops.standardised_mse import standardised_mse
 
 __all__ = [
+    "AveragePool",
     "ClassMeans",
     "ClassPearson",
     "DecoupledKL",
     "MaxPool",
     "attention_map",
+    "average_pool",
     "channel_gram",
     "channel_relation",
     "class_kl",

@@ -205,6 +205,12 @@ def attention_map(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor)
     return (maps[0] - maps[1]).square().mean()
 
 
+def average_pool(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Through its mean squared difference from the teacher's, which is made in fp64."""
+    pooled = medkd_fast.average_pool(student, 3).pooled.double(), medkd_fast.average_pool(teacher.double(), 3).pooled
+    return (pooled[0] - pooled[1]).square().mean()
+
+
 SETTINGS = {
     setting.name: setting
     for setting in (
@@ -235,6 +241,7 @@ SETTINGS = {
         Setting("attention_map", attention_map, by_definition(attention_map), partial(draw_features, "pixels")),
         by_class("class_means"),
         by_class("class_similarity"),
+        Setting("average_pool", average_pool, by_definition(average_pool), partial(draw_features, "pixels")),
     )
 }
 
@@ -332,8 +339,8 @@ Written by `make numerics` (`tests/numerics.py`); the tests assert the limits. E
 definition in fp64 on the same, already rounded inputs: first of the fused CPU backend, then of the best plain PyTorch in
 fp32 (for half inputs: cast up first). Value: relative, of the loss with reduction "mean". Gradient: relative L2. Root mean
 square over {DRAWS} draws; maps of 24×32 (logits) and 18×20 (features). `nan`: plain PyTorch has no finite gradient there.
-The results of `channel_gram`, `pixel_affinity`, `attention_map`, `class_means` and `class_similarity` are measured through their mean
-squared difference from the teacher's.
+The results of `channel_gram`, `pixel_affinity`, `attention_map`, `class_means`, `class_similarity` and `average_pool` are measured through
+their mean squared difference from the teacher's.
 
 Limits, in fp32: generic 1e-5; converged 1e-6 (value) and 2e-3 (gradient); rotated 1e-3; elsewhere, and for every
 gradient, twice plain PyTorch. A half gradient is also rounded to its dtype, by at most 2^-8 (bf16) or 2^-11 (fp16) of a

@@ -101,3 +101,14 @@ def test_max_pool(kind: str, size: tuple[int, ...]) -> None:
     want = value_and_gradient(lambda y: medkd_fast.max_pool(y, 2).pooled, x, upstream)
     got = value_and_gradient(getattr(baselines, f"{kind}_max_pool"), x, upstream)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["published", "plain"])
+@pytest.mark.parametrize("size", [(8, 10), (4, 6, 2)], ids=str)
+def test_average_pool(kind: str, size: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    upstream = torch.randn(2, 3, *(n // 2 for n in size), dtype=torch.float64)
+    want = value_and_gradient(lambda y: medkd_fast.average_pool(y, 2).pooled, x, upstream)
+    got = value_and_gradient(getattr(baselines, f"{kind}_average_pool"), x, upstream)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, 1e-14)

@@ -24,6 +24,7 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
 * By class. Of up to 32 features in a row the sum may be in fp32: means are wrong by 2·K·ε of the mean magnitude, and so a
   prototype relative to its norm by 2·K·ε·κ, κ the quotient of the two. A cosine is, and the direction of every term of its
   gradient, by K·ε·(1 + 2κ); what comes through the prototype adds up the class's |v|.
+* Averages of windows. Up to 64 pixels are added up one after the other: 4·K·ε of their mean magnitude; more of them in fp64.
 * max_pool. Its maxima and its gradient are copies of numbers: they are equal.
 
 Where the converged or rotated operating points allow much less, test_numerics.py demands it. The
@@ -140,7 +141,7 @@ def tensors(call: Call) -> Tensors:
     if call.poisoned and call.low is None and call.teacher_layout != EXPANDED:
         student.masked_fill_(~keep.unsqueeze(1), torch.nan)
         teacher.masked_fill_(~keep.unsqueeze(1), torch.inf)
-    if call.operator in (*KINDS, "spatial_kl", "standardised_mse", "attention_map", "max_pool"):
+    if call.operator in (*KINDS, "spatial_kl", "standardised_mse", "attention_map", *POOLS):
         mask = keep if call.removed else None
         return Tensors(student, teacher, None, None, mask, keep)
     target = torch.randint(0, call.settings.get("num_classes", max(call.channels, 1)), pixels, generator=generator)
@@ -166,8 +167,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
     if call.operator in BY_CLASS:
         result = getattr(medkd_fast, call.operator)(x, drawn.target, ignore_index=100, **call.settings)
         return result.means if call.operator == "class_means" else result
-    if call.operator == "max_pool":
-        return medkd_fast.max_pool(x, mask=drawn.mask, **call.settings).pooled
+    if call.operator in POOLS:
+        return getattr(medkd_fast, call.operator)(x, mask=drawn.mask, **call.settings).pooled
     settings = {**call.settings, "reduction": call.reduction}
     if call.operator in (*KINDS, "spatial_kl"):
         return getattr(medkd_fast, call.operator)(x, teacher, mask=drawn.mask, **settings)
@@ -385,6 +386,13 @@ def class_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
     return Bounds(each.view(call.images, *call.size), gradient, undefined)
 
 
+def average_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    with medkd_fast.use_backend("reference"):
+        magnitude = run(call, drawn.student.double().abs(), drawn, drawn.teacher)
+    nothing = torch.zeros(drawn.student.shape, dtype=torch.float64)
+    return Bounds(4 * magnitude, nothing, nothing > 0)
+
+
 def rows_of(call: Call, x: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the rows that the relation multiplies, [B, rows]: norms, and by how much a relation changes with a row's entry."""
     relation = call.settings["relation"]
@@ -464,6 +472,7 @@ BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
     "attention_map": attention_bounds,
     "class_means": class_bounds,
     "class_similarity": class_bounds,
+    "average_pool": average_bounds,
 }
 
 
@@ -625,6 +634,7 @@ def attention_calls(draw: st.DrawFn) -> Call:
 
 
 BY_CLASS = ("class_means", "class_similarity")
+POOLS = ("max_pool", "average_pool")
 
 
 @st.composite
@@ -670,8 +680,8 @@ def relation_calls(draw: st.DrawFn, operator: str, relation: str, divergence: st
 
 
 @st.composite
-def pool_calls(draw: st.DrawFn) -> Call:
-    drawn = {name: draw(strategy) for name, strategy in common("max_pool", (700, 32, 11)).items()}
+def pool_calls(draw: st.DrawFn, operator: str) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common(operator, (700, 32, 11)).items()}
     drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
     window = (
         draw(st.integers(1, 4)) if draw(st.booleans()) else tuple(draw(st.integers(1, n + 1)) for n in drawn["size"])
@@ -689,7 +699,8 @@ CALLS["standardised_mse"] = standardised_calls(), 1 / 8
 CALLS["attention_map"] = attention_calls(), 1 / 8
 for operator in BY_CLASS:
     CALLS[operator] = class_calls(operator), 1 / 16
-CALLS["max_pool"] = pool_calls(), 1 / 8
+for operator in POOLS:
+    CALLS[operator] = pool_calls(operator), 1 / 16
 for operator, kinds in KINDS.items():
     for kind in kinds:
         name = " ".join(filter(None, (operator, *kind)))

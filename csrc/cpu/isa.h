@@ -236,23 +236,30 @@ struct AttentionLoops {
   void (*gradient)(const Attention&, const PixelRange&, const A* map, const A* upstream, double norm, double product);
 };
 
-// max_pool. Sizes are along z, y and x; 1 along an axis that is not there.
-struct MaxPool {
-  Planes x;             // [B, C, N]; its gradient in the backward
-  void* pooled;         // [B, C, windows]; the upstream gradient in the backward
-  int16_t* place;       // [B, C, windows]
-  const uint8_t* mask;  // [B, N] or nullptr
-  const int64_t* offset;  // in pixels from a window's first, by place; in the backward only
+// max_pool and average_pool. Sizes are along z, y and x; 1 along an axis that is not there.
+struct Pool {
+  Planes x;               // [B, C, N]; its gradient in the backward
+  void* pooled;           // [B, C, windows]; the upstream gradient in the backward
+  int16_t* place;         // [B, C, windows], of a maximum
+  int32_t* number;        // [B, windows], of the pixels that an average is of
+  const uint8_t* mask;    // [B, N] or nullptr
+  const int64_t* offset;  // in pixels from a window's first, by place; in max_pool's backward only
   int64_t channels, pixels, windows;
   int64_t size[3], window[3], pooled_size[3];
   bool channels_inside;  // in memory
   int64_t part;          // windows along x that are worked on at a time
 };
 
-struct PoolLoops {
-  // parts [begin, end) of all images' lines of windows
-  void (*values)(const MaxPool&, int64_t begin, int64_t end);
-  void (*gradient)(const MaxPool&, int64_t begin, int64_t end);
+// Parts [begin, end) of all images' lines of windows.
+using PoolLoop = void (*)(const Pool&, int64_t begin, int64_t end);
+
+struct MaxPoolLoops {
+  PoolLoop values, gradient;
+};
+
+struct AveragePoolLoops {
+  PoolLoop number;  // of the images' windows alone, whatever the channels
+  PoolLoop values, gradient;
 };
 
 template <typename A>
@@ -277,7 +284,8 @@ struct LoopTable {
   const char* name;
   Loops<float> single;
   Loops<double> twice;
-  PoolLoops max_pool;
+  MaxPoolLoops max_pool;
+  AveragePoolLoops average_pool;
 };
 
 const LoopTable& loop_table();

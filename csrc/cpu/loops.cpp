@@ -1,5 +1,6 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
 #include "attention_map.h"
+#include "average_pool.h"
 #include "channel_relation.h"
 #include "class_kl.h"
 #include "class_means.h"
@@ -37,7 +38,8 @@ constexpr Loops<A> loops_of() {
 
 const LoopTable& table() {
   static constexpr LoopTable loops = {MEDKD_NAME(MEDKD_ISA), loops_of<float>(), loops_of<double>(),
-                                      {max_pool<false>, max_pool<true>}};
+                                      {max_pool<false>, max_pool<true>},
+                                      {average_pool_number, average_pool<false>, average_pool<true>}};
   return loops;
 }
 

@@ -4,15 +4,12 @@
 
 #include <type_traits>
 
-#include "planes.h"
+#include "pool.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
 
-constexpr int64_t pool_lanes = 256;     // of a row of values and places
-constexpr int64_t pool_gathered = 512;  // pixels that are laid side by side for them
-constexpr int64_t pool_channels = 64;   // where channels lie side by side, of a tile
-constexpr int64_t pool_pixels = 32;     // and its windows
+constexpr int64_t pool_gathered = 512;  // pixels that are laid side by side for pool_lanes windows of two
 
 // What a type is taken as, an integer of its width, and an order: whether x, which comes later, is taken instead of y. Half
 // precision is compared as integers, in which -0 is 0 and a value that is no number the largest.
@@ -86,39 +83,15 @@ MEDKD_INLINE void merge_pixel(PoolValue<T> x, PoolLane<T> from, PoolValue<T>& va
   }
 }
 
-// `count` elements at a distance of `stride`, side by side.
-template <typename Value>
-MEDKD_INLINE const Value* side_by_side(const Value* from, int64_t stride, int64_t count, Value* __restrict room) {
-  if (stride == 1) return from;
-  for (int64_t i = 0; i < count; ++i) room[i] = from[i * stride];
-  return room;
-}
-
 // A mask's line with numbers of the lanes' size.
 template <typename Lane>
 MEDKD_INLINE void widen_mask(const uint8_t* mask, int64_t count, Lane* __restrict out) {
   for (int64_t i = 0; i < count; ++i) out[i] = mask[i] != 0 ? Lane(-1) : Lane(0);
 }
 
-// Some windows of one line of them, and the range of lines of pixels that they reach over.
-struct PoolPart {
-  int64_t first, count;          // windows along x
-  int64_t z, y, depth, height;   // the first line, and how many along either axis
-};
-
-// Visits the lines of pixels in the order of a window's pixels: visit(number of the line's first pixel, its place).
-template <typename Visit>
-MEDKD_INLINE void over_lines(const MaxPool& pool, const PoolPart& part, const Visit& visit) {
-  const int64_t length = pool.size[2], width = pool.window[2], height = part.height;
-  for (int64_t z = 0; z < part.depth; ++z) {
-    int64_t line = ((part.z + z) * pool.size[1] + part.y) * length, at = z * pool.window[1] * width;
-    for (int64_t y = 0; y < height; ++y, line += length, at += width) visit(line, at);
-  }
-}
-
 // Windows of one pixel or two along x.
 template <typename T, int step, bool masked>
-inline void pool_narrow(const MaxPool& pool, const PoolPart& part, const PoolValue<T>* plane, const uint8_t* mask,
+inline void pool_narrow(const Pool& pool, const PoolPart& part, const PoolValue<T>* plane, const uint8_t* mask,
                         PoolValue<T>* value, PoolLane<T>* place) {
   const int64_t stride = pool.x.stride_n, begin = part.first * step;
   const int64_t columns = pool.size[2] - begin < part.count * step ? pool.size[2] - begin : part.count * step;
@@ -140,7 +113,7 @@ inline void pool_narrow(const MaxPool& pool, const PoolPart& part, const PoolVal
 
 // Any windows: first every column of pixels for itself, then the columns of each window.
 template <typename T, bool masked>
-inline void pool_columns(const MaxPool& pool, const PoolPart& part, const PoolValue<T>* plane, const uint8_t* mask,
+inline void pool_columns(const Pool& pool, const PoolPart& part, const PoolValue<T>* plane, const uint8_t* mask,
                          PoolValue<T>* value, PoolLane<T>* place) {
   using Value = PoolValue<T>;
   using Lane = PoolLane<T>;
@@ -184,7 +157,7 @@ MEDKD_INLINE void take_vector(Vector<A> x, PoolLane<A> number, Vector<A>& value,
 
 // Windows of two pixels along x that lie side by side and all count, at least as many as there are lanes: in registers.
 template <typename A>
-inline void pool_pairs(const MaxPool& pool, const PoolPart& part, int64_t whole, const A* plane, A* value, int16_t* place) {
+inline void pool_pairs(const Pool& pool, const PoolPart& part, int64_t whole, const A* plane, A* value, int16_t* place) {
   constexpr int64_t lanes = vector_lanes<A>;
   typedef PoolLane<A> Places __attribute__((vector_size(vector_bytes)));
   typedef int16_t Narrow __attribute__((vector_size(2 * lanes)));
@@ -219,7 +192,7 @@ inline void pool_pairs(const MaxPool& pool, const PoolPart& part, int64_t whole,
 }
 
 template <typename T>
-inline void pool_part(const MaxPool& pool, const PoolPart& part, int64_t image, int64_t channel, int64_t at) {
+inline void pool_part(const Pool& pool, const PoolPart& part, int64_t image, int64_t channel, int64_t at) {
   using Value = PoolValue<T>;
   const Value* plane = static_cast<const Value*>(pool.x.data) + image * pool.x.stride_b + channel * pool.x.stride_c;
   const uint8_t* mask = pool.mask == nullptr ? nullptr : pool.mask + image * pool.pixels;
@@ -243,19 +216,9 @@ inline void pool_part(const MaxPool& pool, const PoolPart& part, int64_t image, 
   for (int64_t o = 0; o < part.count; ++o) to[o] = static_cast<int16_t>(place[o]);
 }
 
-// Visits the pixels of a window in their order: visit(pixel, its place).
-template <typename Visit>
-MEDKD_INLINE void over_window(const MaxPool& pool, const PoolPart& part, int64_t window, const Visit& visit) {
-  const int64_t x = window * pool.window[2];
-  const int64_t width = pool.size[2] - x < pool.window[2] ? pool.size[2] - x : pool.window[2];
-  over_lines(pool, part, [&](int64_t line, int64_t at) {
-    for (int64_t j = 0; j < width; ++j) visit(line + x + j, at + j);
-  });
-}
-
 // Where channels lie side by side: a tile of windows by channels, which is transposed on its way out.
 template <typename T>
-inline void pool_channels_inside(const MaxPool& pool, const PoolPart& part, int64_t image, int64_t at) {
+inline void pool_channels_inside(const Pool& pool, const PoolPart& part, int64_t image, int64_t at) {
   using Value = PoolValue<T>;
   const Value* from = static_cast<const Value*>(pool.x.data) + image * pool.x.stride_b;
   const uint8_t* mask = pool.mask == nullptr ? nullptr : pool.mask + image * pool.pixels;
@@ -307,7 +270,7 @@ inline void spread_line(const PoolValue<T>* __restrict upstream, const int16_t* 
 
 // The gradient of windows of `step` pixels along x, whose pixels lie side by side.
 template <typename T, int step>
-inline void spread_narrow(const MaxPool& pool, const PoolPart& part, const PoolValue<T>* upstream, const int16_t* place,
+inline void spread_narrow(const Pool& pool, const PoolPart& part, const PoolValue<T>* upstream, const int16_t* place,
                           PoolValue<T>* plane) {
   const int64_t begin = part.first * step;
   const int64_t columns = pool.size[2] - begin < part.count * step ? pool.size[2] - begin : part.count * step;
@@ -322,7 +285,7 @@ inline void spread_narrow(const MaxPool& pool, const PoolPart& part, const PoolV
 
 // Of any windows: zeros in the lines of pixels, which stay in the cache, then a value in each window.
 template <typename T>
-inline void spread_windows(const MaxPool& pool, const PoolPart& part, const PoolValue<T>* upstream, const int16_t* place,
+inline void spread_windows(const Pool& pool, const PoolPart& part, const PoolValue<T>* upstream, const int16_t* place,
                            PoolValue<T>* plane) {
   using Value = PoolValue<T>;
   const int64_t stride = pool.x.stride_n, width = pool.window[2], begin = part.first * width;
@@ -340,7 +303,7 @@ inline void spread_windows(const MaxPool& pool, const PoolPart& part, const Pool
 }
 
 template <typename T>
-inline void spread_part(const MaxPool& pool, const PoolPart& part, int64_t image, int64_t channel, int64_t at) {
+inline void spread_part(const Pool& pool, const PoolPart& part, int64_t image, int64_t channel, int64_t at) {
   using Value = PoolValue<T>;
   Value* plane = static_cast<Value*>(pool.x.data) + image * pool.x.stride_b + channel * pool.x.stride_c;
   const Value* upstream = static_cast<const Value*>(pool.pooled) + at;
@@ -354,7 +317,7 @@ inline void spread_part(const MaxPool& pool, const PoolPart& part, int64_t image
 }
 
 template <typename T>
-inline void spread_channels_inside(const MaxPool& pool, const PoolPart& part, int64_t image, int64_t at) {
+inline void spread_channels_inside(const Pool& pool, const PoolPart& part, int64_t image, int64_t at) {
   using Value = PoolValue<T>;
   Value* to = static_cast<Value*>(pool.x.data) + image * pool.x.stride_b;
   Value upstream[pool_pixels * pool_channels];
@@ -379,44 +342,25 @@ inline void spread_channels_inside(const MaxPool& pool, const PoolPart& part, in
   }
 }
 
-// Parts [begin, end) of all, counted by image and, where channels do not lie side by side, channel, then by line of windows,
-// then along the line.
 template <typename T, bool backward>
-inline void pool_parts(const MaxPool& pool, int64_t begin, int64_t end) {
-  const int64_t depth = pool.pooled_size[0], height = pool.pooled_size[1], width = pool.pooled_size[2];
-  const int64_t parts = (width + pool.part - 1) / pool.part;
+inline void max_pool_parts(const Pool& pool, int64_t begin, int64_t end) {
   const int64_t planes = pool.channels_inside ? 1 : pool.channels;
-  int64_t turn = begin % parts, y = begin / parts % height, z = begin / parts / height % depth;
-  int64_t plane = begin / parts / height / depth, image = plane / planes, channel = plane % planes;
-  for (int64_t k = begin; k < end; ++k) {
-    PoolPart part{turn * pool.part, pool.part, z * pool.window[0], y * pool.window[1], pool.window[0], pool.window[1]};
-    if (width - part.first < part.count) part.count = width - part.first;
-    if (pool.size[0] - part.z < part.depth) part.depth = pool.size[0] - part.z;
-    if (pool.size[1] - part.y < part.height) part.height = pool.size[1] - part.y;
-    const int64_t at = (image * pool.channels + channel) * pool.windows + (z * height + y) * width + part.first;
+  over_parts(pool, planes, begin, end, [&](const PoolPart& part, int64_t image, int64_t channel, int64_t window) {
+    const int64_t at = (image * pool.channels + channel) * pool.windows + window;
     if (pool.channels_inside)
       backward ? spread_channels_inside<T>(pool, part, image, at) : pool_channels_inside<T>(pool, part, image, at);
     else
       backward ? spread_part<T>(pool, part, image, channel, at) : pool_part<T>(pool, part, image, channel, at);
-    if (++turn < parts) continue;
-    turn = 0;
-    if (++y < height) continue;
-    y = 0;
-    if (++z < depth) continue;
-    z = 0;
-    if (++channel < planes) continue;
-    channel = 0;
-    ++image;
-  }
+  });
 }
 
 template <bool backward>
-inline void max_pool(const MaxPool& pool, int64_t begin, int64_t end) {
+inline void max_pool(const Pool& pool, int64_t begin, int64_t end) {
   switch (pool.x.type) {
-    case Type::float64: pool_parts<double, backward>(pool, begin, end); break;
-    case Type::bfloat16: pool_parts<BFloat16, backward>(pool, begin, end); break;
-    case Type::float16: pool_parts<Float16, backward>(pool, begin, end); break;
-    default: pool_parts<float, backward>(pool, begin, end);
+    case Type::float64: max_pool_parts<double, backward>(pool, begin, end); break;
+    case Type::bfloat16: max_pool_parts<BFloat16, backward>(pool, begin, end); break;
+    case Type::float16: max_pool_parts<Float16, backward>(pool, begin, end); break;
+    default: max_pool_parts<float, backward>(pool, begin, end);
   }
 }
 

@@ -3,55 +3,12 @@
 // Where a channel's pixels lie side by side and windows are two along x, a thread takes 16 bytes of every line of its windows;
 // else a window has one thread, or a warp where it is large. Where channels lie side by side neighbouring threads take
 // neighbouring channels, and tiles are turned in shared memory, because the maxima are contiguous.
-#include <algorithm>
-#include <type_traits>
-
-#include "tensor.h"
+#include "pool.h"
 
 namespace medkd {
 
-constexpr int pool_threads = 256;
-constexpr int pool_tile = 32;  // channels, and windows, of a tile
-constexpr int pool_rows = pool_threads / pool_tile;
-// On a multiprocessor. Left alone, the compiler spills a few registers to fit more.
-constexpr int least_blocks = 4;
-constexpr int large_window = 64;  // pixels, from which on a warp goes over them
-
-// What an element is compared as.
-template <typename T>
-using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
-
-struct PoolCall {
-  Planes x;             // [B, C, N]; its gradient in the backward
-  void* pooled;         // [B, C, windows]; the upstream gradient in the backward
-  int16_t* place;       // [B, C, windows]
-  const uint8_t* mask;  // [B, N] or nullptr
-  int size[3], window[3], number[3];    // along z, y and x; windows
-  unsigned pixels, windows, channels;   // of a plane, and of an image
-  unsigned planes, first_plane, count;  // of all images; of this launch, so few that 32 bits number their pixels
-
-  // Neighbouring threads take neighbouring channels; few of them would leave most threads without.
-  bool channels_inside() const { return x.stride_c == 1 && x.stride_n != 1 && channels >= 8; }
-};
-
-// A window: its first pixel along each axis, and how many there are.
-struct Window {
-  int first[3], count[3];
-
-  __device__ __forceinline__ Window(const PoolCall& call, unsigned index) {
-    int rest = static_cast<int>(index);
-#pragma unroll
-    for (int d = 2; d >= 0; --d) {
-      const int line = rest / call.number[d];
-      first[d] = (rest - line * call.number[d]) * call.window[d];
-      count[d] = min(call.size[d] - first[d], call.window[d]);
-      rest = line;
-    }
-  }
-
-  __device__ __forceinline__ int64_t line(const PoolCall& call, int z, int y) const {
-    return (int64_t{first[0] + z} * call.size[1] + first[1] + y) * call.size[2] + first[2];
-  }
+struct MaxPoolCall : PoolCall {
+  int16_t* place;  // [B, C, windows]
 };
 
 // The largest value so far with its place, -1 if there is none. The first of equal ones, the last that is no number.
@@ -92,35 +49,9 @@ __device__ __forceinline__ Largest<T> largest_of(const PoolCall& call, const Win
   return found;
 }
 
-template <typename T>
-__device__ __forceinline__ T* plane_of(const PoolCall& call, int64_t image, int64_t channel) {
-  return static_cast<T*>(call.x.data) + image * call.x.stride_b + channel * call.x.stride_c;
-}
-
-__device__ __forceinline__ const uint8_t* mask_of(const PoolCall& call, int64_t image) {
-  return call.mask == nullptr ? nullptr : call.mask + image * call.pixels;
-}
-
-// A thread's window, or pixel, of which plane.
-struct InPlane {
-  unsigned plane, image, channel, index;
-
-  __device__ __forceinline__ InPlane(const PoolCall& call, unsigned turn, unsigned of_plane) {
-    const unsigned planes = turn / of_plane;
-    index = turn - planes * of_plane;
-    plane = call.first_plane + planes;
-    image = plane / call.channels;
-    channel = plane - image * call.channels;
-  }
-
-  __device__ __forceinline__ int64_t window(const PoolCall& call) const { return int64_t{plane} * call.windows + index; }
-};
-
-__device__ __forceinline__ unsigned thread_index() { return blockIdx.x * blockDim.x + threadIdx.x; }
-
 // Windows of two along x: a thread has 16 bytes of a line, half as many windows. A line is a whole number of them.
 template <typename T>
-__global__ void __launch_bounds__(pool_threads, least_blocks) pool_pairs_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(pool_threads, least_blocks) pool_pairs_kernel(const MaxPoolCall call) {
   constexpr int width = pack_of<T>, own = width / 2;
   const unsigned turn = thread_index() * own;
   if (turn >= call.count * call.windows) return;
@@ -150,7 +81,7 @@ __global__ void __launch_bounds__(pool_threads, least_blocks) pool_pairs_kernel(
 }
 
 template <typename T>
-__global__ void __launch_bounds__(pool_threads, least_blocks) spread_pairs_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(pool_threads, least_blocks) spread_pairs_kernel(const MaxPoolCall call) {
   constexpr int width = pack_of<T>, own = width / 2;
   const unsigned turn = thread_index() * own;
   if (turn >= call.count * call.windows) return;
@@ -171,7 +102,7 @@ __global__ void __launch_bounds__(pool_threads, least_blocks) spread_pairs_kerne
 
 // A window has a thread, or a warp.
 template <typename T, bool warp>
-__global__ void __launch_bounds__(pool_threads, least_blocks) pool_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(pool_threads, least_blocks) pool_kernel(const MaxPoolCall call) {
   const unsigned turn = warp ? blockIdx.x * (blockDim.x / warp_size) + threadIdx.x / warp_size : thread_index();
   if (turn >= call.count * call.windows) return;
   const InPlane at(call, turn, call.windows);
@@ -194,29 +125,8 @@ __global__ void __launch_bounds__(pool_threads, least_blocks) pool_kernel(const 
   call.place[at.window(call)] = static_cast<int16_t>(found.place);
 }
 
-// The tile of 32 channels and 32 windows that a block has.
-struct PoolTile {
-  unsigned image, channel, first;
-
-  explicit __device__ __forceinline__ PoolTile(const PoolCall& call) {
-    const unsigned groups = (call.channels + pool_tile - 1) / pool_tile, tiles = (call.windows + pool_tile - 1) / pool_tile;
-    const unsigned rest = blockIdx.x / tiles;
-    first = (blockIdx.x - rest * tiles) * pool_tile;
-    image = rest / groups;
-    channel = (rest - image * groups) * pool_tile;
-  }
-
-  // Where the maximum of one of its channels and windows lies.
-  __device__ __forceinline__ int64_t window(const PoolCall& call, int c, int w) const {
-    return (int64_t{image} * call.channels + channel + c) * call.windows + first + w;
-  }
-};
-
-// Shared memory of a tile: no two threads that go along either side meet in a bank.
-constexpr int tile_stride = pool_tile + 1;
-
 template <typename T>
-__global__ void __launch_bounds__(pool_threads, least_blocks) pool_channels_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(pool_threads, least_blocks) pool_channels_kernel(const MaxPoolCall call) {
   T* const values = shared_memory<T>();  // [channels, tile_stride]
   int16_t* const places = reinterpret_cast<int16_t*>(values + pool_tile * tile_stride);
   const PoolTile tile(call);
@@ -238,7 +148,7 @@ __global__ void __launch_bounds__(pool_threads, least_blocks) pool_channels_kern
 }
 
 template <typename T>
-__global__ void __launch_bounds__(pool_threads, least_blocks) spread_channels_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(pool_threads, least_blocks) spread_channels_kernel(const MaxPoolCall call) {
   T* const values = shared_memory<T>();  // [channels, tile_stride]
   int16_t* const places = reinterpret_cast<int16_t*>(values + pool_tile * tile_stride);
   const PoolTile tile(call);
@@ -268,7 +178,7 @@ __global__ void __launch_bounds__(pool_threads, least_blocks) spread_channels_ke
 
 // A thread has a pixel.
 template <typename T>
-__global__ void __launch_bounds__(pool_threads, least_blocks) spread_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(pool_threads, least_blocks) spread_kernel(const MaxPoolCall call) {
   const unsigned turn = thread_index();
   if (turn >= call.count * call.pixels) return;
   const InPlane at(call, turn, call.pixels);
@@ -284,53 +194,27 @@ __global__ void __launch_bounds__(pool_threads, least_blocks) spread_kernel(cons
 #pragma unroll
   for (int d = 0; d < 3; ++d) {
     const int index = pixel[d] / call.window[d];
-    window = window * call.number[d] + index;
+    window = window * call.pooled_size[d] + index;
     number = number * call.window[d] + pixel[d] - index * call.window[d];
   }
   plane_of<T>(call, at.image, at.channel)[at.index * call.x.stride_n] =
       call.place[window] == number ? static_cast<const T*>(call.pooled)[window] : T{};
 }
 
-static dim3 grid_of(int64_t work, int64_t of_block) {
-  const int64_t blocks = (work + of_block - 1) / of_block;
-  if (blocks > 0x7fffffff) throw std::runtime_error("medkd_fast: more pixels than one launch takes");
-  return dim3(static_cast<unsigned>(blocks));
-}
-
-// Whether every line of pixels is a whole number of aligned packs of 16 bytes, in windows of two.
 template <typename T>
-static bool in_packs(const PoolCall& call) {
-  const Planes& x = call.x;
-  constexpr int64_t width = pack_of<T>;
-  return call.window[2] == 2 && x.stride_n == 1 && call.size[2] % width == 0 && x.stride_b % width == 0 &&
-         x.stride_c % width == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(call.pooled) % 8 == 0 && reinterpret_cast<uintptr_t>(call.place) % 8 == 0;
-}
-
-static dim3 tiles_of(const PoolCall& call) {
-  const int64_t groups = (call.channels + pool_tile - 1) / pool_tile, tiles = (call.windows + pool_tile - 1) / pool_tile;
-  return grid_of(call.planes / call.channels * groups * tiles, 1);
+static bool in_packs(const MaxPoolCall& call) {
+  return lines_in_packs<T>(call) && reinterpret_cast<uintptr_t>(call.place) % 8 == 0;
 }
 
 template <typename T>
 constexpr std::size_t tile_bytes = pool_tile * tile_stride * (sizeof(T) + sizeof(int16_t));
 
-// Calls queue(call) with as many planes as 32 bits number the pixels of, as often as that takes.
-template <typename Queue>
-static void over_planes(PoolCall call, const Queue& queue) {
-  const unsigned most = std::max(0x7fffffffu / call.pixels, 1u);
-  for (; call.first_plane < call.planes; call.first_plane += call.count) {
-    call.count = std::min(most, call.planes - call.first_plane);
-    queue(call);
-  }
-}
-
 template <typename T>
-static void forward(const PoolCall& all, cudaStream_t stream) {
+static void forward(const MaxPoolCall& all, cudaStream_t stream) {
   if (!in_packs<T>(all) && all.channels_inside())
     return launch<pool_channels_kernel<T>>(tiles_of(all), pool_threads, tile_bytes<T>, stream, all);
   const bool large = int64_t{all.window[0]} * all.window[1] * all.window[2] >= large_window;
-  over_planes(all, [&](const PoolCall& call) {
+  over_planes(all, [&](const MaxPoolCall& call) {
     const int64_t windows = int64_t{call.count} * call.windows;
     if (in_packs<T>(call))
       launch<pool_pairs_kernel<T>>(grid_of(windows / (pack_of<T> / 2), pool_threads), pool_threads, 0, stream, call);
@@ -342,39 +226,16 @@ static void forward(const PoolCall& all, cudaStream_t stream) {
 }
 
 template <typename T>
-static void backward(const PoolCall& all, cudaStream_t stream) {
+static void backward(const MaxPoolCall& all, cudaStream_t stream) {
   if (!in_packs<T>(all) && all.channels_inside())
     return launch<spread_channels_kernel<T>>(tiles_of(all), pool_threads, tile_bytes<T>, stream, all);
-  over_planes(all, [&](const PoolCall& call) {
+  over_planes(all, [&](const MaxPoolCall& call) {
     const int64_t windows = int64_t{call.count} * call.windows, pixels = int64_t{call.count} * call.pixels;
     if (in_packs<T>(call))
       launch<spread_pairs_kernel<T>>(grid_of(windows / (pack_of<T> / 2), pool_threads), pool_threads, 0, stream, call);
     else
       launch<spread_kernel<T>>(grid_of(pixels, pool_threads), pool_threads, 0, stream, call);
   });
-}
-
-static PoolCall call_of(const Tensor& x, const std::vector<int64_t>& window, std::vector<int64_t>& pooled_shape) {
-  PoolCall call{};
-  pooled_shape = {x.size(0), x.size(1)};
-  int64_t pixels = 1, windows = 1;
-  const int64_t axes = x.dim() - 2, planes = x.size(0) * x.size(1);
-  for (int64_t d = 0; d < 3; ++d) {
-    const int64_t axis = d - 3 + axes, size = axis < 0 ? 1 : x.size(axis + 2), step = axis < 0 ? 1 : window[axis];
-    const int64_t number = (size + step - 1) / step;
-    call.size[d] = static_cast<int>(size);
-    call.window[d] = static_cast<int>(step);
-    call.number[d] = static_cast<int>(number);
-    pixels *= size;
-    windows *= number;
-    if (axis >= 0) pooled_shape.push_back(number);
-  }
-  if (std::max(pixels, planes) > 0x7fffffff) throw std::runtime_error("medkd_fast: more pixels or planes than 32 bits number");
-  call.pixels = static_cast<unsigned>(pixels);
-  call.windows = static_cast<unsigned>(windows);
-  call.channels = static_cast<unsigned>(x.size(1));
-  call.planes = static_cast<unsigned>(planes);
-  return call;
 }
 
 static std::tuple<Tensor, Tensor> max_pool(
@@ -385,7 +246,7 @@ static std::tuple<Tensor, Tensor> max_pool(
   std::vector<int64_t> shape;
   std::vector<Tensor> holder;
   holder.reserve(1);
-  PoolCall call = call_of(x, window, shape);
+  MaxPoolCall call{call_of(x, window, shape), nullptr};
   Tensor pooled = new_like(x, shape, x.scalar_type()), place = new_like(x, shape, ScalarType::Short);
   if (x.numel() == 0) return {pooled, place};
   call.x = planes_of(x, holder);
@@ -410,7 +271,7 @@ static Tensor max_pool_backward(
   std::vector<int64_t> shape;
   std::vector<Tensor> holder;
   holder.reserve(1);
-  PoolCall call = call_of(x, window, shape);
+  MaxPoolCall call{call_of(x, window, shape), nullptr};
   const Gradient gradient(x);
   if (x.numel() == 0) return gradient.finish();
   const Tensor dense = torch::stable::contiguous(upstream);

@@ -2,6 +2,7 @@
 
 from medkd_fast.kernels import (  # noqa: F401
     attention_map,
+    average_pool,
     channel_gram,
     channel_relation,
     class_kl,

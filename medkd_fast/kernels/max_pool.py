@@ -12,22 +12,13 @@ import triton.language as tl
 
 from medkd_fast.kernels.common import operator
 from medkd_fast.kernels.planes import gradient_like, planes_of
-
-#: Pixels of the largest window that a program goes over one by one.
-FEW = 64
+from medkd_fast.kernels.windows import FEW, blocks_of, corner, index_type, sizes_of
 
 
 @triton.jit
 def taken(x, value):
     """Whether x, which comes later, takes the place of value."""
     return (x > value) | (x != x)  # noqa: PLR0124
-
-
-@triton.jit
-def corner(o_w, pooled_y, pooled_x, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr):
-    """z, y and x of the first pixels of windows o_w."""
-    line = o_w // pooled_x
-    return line // pooled_y * WINDOW_Z, line % pooled_y * WINDOW_Y, o_w % pooled_x * WINDOW_X
 
 
 @triton.jit
@@ -120,23 +111,6 @@ def spread_kernel(
     own = tl.load(place + (i_b * C + o_c) * windows + window, inside, -1).to(INDEX) == k
     v = tl.load(upstream + i_b * stride_ub + o_c * stride_uc + window.to(tl.int64) * stride_un, inside & own, 0.0)
     tl.store(gradient + i_b * stride_b + o_c * stride_c + o_n.to(tl.int64) * stride_n, v, inside)
-
-
-def sizes_of(x: torch.Tensor, window: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """Sizes, windows and numbers of windows along z, y and x; 1 along an axis that is not there."""
-    size, steps = ([1] * (5 - x.dim()) + list(of) for of in (x.shape[2:], window))
-    return size, steps, [-(-n // step) for n, step in zip(size, steps, strict=True)]
-
-
-def index_type(size: list[int]) -> tl.dtype:
-    """Of pixels within a plane: divisions of 64 bits are slow."""
-    return tl.int32 if math.prod(size) < 2**30 else tl.int64
-
-
-def blocks_of(channels: int, neighbours: int, planes: bool, area: int) -> tuple[int, int]:
-    """Channels and neighbours of a tile of `area` where a channel's pixels lie side by side, else of up to 32 neighbours."""
-    columns = min(triton.next_power_of_2(neighbours), area if planes else 32)
-    return min(triton.next_power_of_2(channels), (area if planes else 1024) // columns), columns
 
 
 @operator()

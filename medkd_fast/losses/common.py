@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from medkd_fast import functional
 from medkd_fast.ops.common import labels
 
 Pool = Callable[..., torch.Tensor]
 ADAPTIVE_POOL: dict[int, Pool] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-AVERAGE_POOL: dict[int, Pool] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MAX_POOL: dict[int, Pool] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -63,9 +63,9 @@ def check_dims(student: torch.Tensor, teacher: torch.Tensor) -> None:
 def averaged(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """`x` averaged to a `size` that is nowhere larger; regions of unequal size overlap by a pixel."""
     have = x.shape[2:]
-    if not any(a % b for a, b in zip(have, size, strict=True)):  # whose gradient has the same bits on every run, in 2-D
-        return AVERAGE_POOL[x.dim() - 2](x, tuple(a // b for a, b in zip(have, size, strict=True)))
-    return ADAPTIVE_POOL[x.dim() - 2](x, tuple(size))
+    if not any(a % b for a, b in zip(have, size, strict=True)):
+        return functional.average_pool(x, [a // b for a, b in zip(have, size, strict=True)]).pooled
+    return ADAPTIVE_POOL[x.dim() - 2](wide(x), tuple(size))
 
 
 def to_size(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -73,7 +73,7 @@ def to_size(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     dims, size = x.dim() - 2, tuple(size)
     smaller = tuple(min(a, b) for a, b in zip(x.shape[2:], size, strict=True))
     if x.shape[2:] != smaller:
-        x = averaged(wide(x), smaller)
+        x = averaged(x, smaller)
     if smaller != size:
         x = F.interpolate(wide(x), size=size, mode=LINEAR[dims], align_corners=False)
     return x

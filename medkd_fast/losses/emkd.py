@@ -101,7 +101,9 @@ class EMKDLoss(common.DistillationLoss):
         common.check_dims(student, teacher)
         (means_s, there_s), (means_t, there_t) = self._regions(student, target), self._regions(teacher, target)
         there = there_s & there_t
-        if student.shape[2:] != teacher.shape[2:]:  # a class that is absent in one network is 0 in both: no cosine differs
+        if (
+            student.shape[2:] != teacher.shape[2:]
+        ):  # a class that is absent in one network is 0 in both: no cosine differs
             means_s, means_t = (torch.where(there.unsqueeze(2), means, 0) for means in (means_s, means_t))
         # the classes are the channels of a relation; where one network has fewer features, zeros change no cosine
         features = max(means_s.shape[2], means_t.shape[2])

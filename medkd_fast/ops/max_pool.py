@@ -10,6 +10,7 @@ import torch
 from medkd_fast.backend import choose, kernel, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.relation import pixel_mask
+from medkd_fast.ops.window import window_of, windows_along
 from medkd_fast.reference.max_pool import max_pool as reference
 
 
@@ -46,14 +47,7 @@ def max_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Tensor
     >>> max_pool(x, 2, mask=torch.tensor([[1, 0, 1, 1, 0]]))
     MaxPool(pooled=tensor([[[1., 3., 0.]]]), counted=tensor([[ True,  True, False]]))
     """
-    common.check_features("x", x)
-    sizes = x.shape[2:]
-    if len(sizes) > 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, want one to three spatial dimensions")
-    steps = [window] * len(sizes) if isinstance(window, int) else list(window)
-    if len(steps) != len(sizes) or any(step < 1 for step in steps):
-        raise ValueError(f"window: got {window}, want a whole number of at least 1, or {len(sizes)} of them")
-    steps = [max(min(step, size), 1) for step, size in zip(steps, sizes, strict=True)]
+    steps = window_of(x, window)
     if torch.Size(steps).numel() > 32767:
         raise ValueError(
             f"window: got {window}, {torch.Size(steps).numel()} pixels, want at most 32767; pool in two steps"
@@ -88,8 +82,7 @@ class MaxPoolFunction(torch.autograd.Function):
 
 @shapes_of("max_pool")
 def _fake(x: torch.Tensor, mask: torch.Tensor | None, window: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    size = [-(-n // step) for n, step in zip(x.shape[2:], window, strict=True)]
-    pooled = x.new_empty((*x.shape[:2], *size))
+    pooled = x.new_empty((*x.shape[:2], *windows_along(x, window)))
     return pooled, pooled.new_empty(pooled.shape, dtype=torch.int16)
 
 

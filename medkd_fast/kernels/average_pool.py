@@ -1,0 +1,186 @@
+"""Triton kernels of average_pool: the numbers of the windows' pixels, the averages, and the gradient.
+
+A tile is [channels, windows]; a program goes over the pixels of its windows, one of each at a time. Windows of many pixels, of
+which there are few, have a kernel of their own: there a tile is [windows, pixels].
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.planes import gradient_like, planes_of
+from medkd_fast.kernels.windows import FEW, blocks_of, corner, index_type, sizes_of
+
+
+@triton.jit
+def number_kernel(
+    mask, number,  # [B, N], [B, windows]
+    N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x,
+    HAS_MASK: tl.constexpr, INDEX: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    PIXELS: tl.constexpr = WINDOW_Z * WINDOW_Y * WINDOW_X
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
+    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
+    found = tl.zeros([BLOCK_W, 1], tl.int32)
+    for first in range(0, PIXELS, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        dz, dy, dx = k // (WINDOW_Y * WINDOW_X), k // WINDOW_X % WINDOW_Y, k % WINDOW_X
+        there = (k < PIXELS) & (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
+        if HAS_MASK:
+            n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
+            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        found += tl.sum(there.to(tl.int32), 1, keep_dims=True)
+    tl.store(number + i_b * windows + o_w, found, o_w < windows)
+
+
+@triton.jit
+def average_kernel(
+    x, mask, number, pooled,  # [B, C, N], [B, N], [B, windows], [B, C, windows]
+    C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
+    HAS_MASK: tl.constexpr, INDEX: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
+    p_x = x + i_b * stride_b + o_c * stride_c
+    inside = (o_c < C) & (o_w < windows)
+    total = tl.zeros([BLOCK_C, BLOCK_W], A)
+    for k in tl.static_range(WINDOW_Z * WINDOW_Y * WINDOW_X):
+        dz: tl.constexpr = k // (WINDOW_Y * WINDOW_X)
+        dy: tl.constexpr = k // WINDOW_X % WINDOW_Y
+        dx: tl.constexpr = k % WINDOW_X
+        there = (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
+        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
+        if HAS_MASK:
+            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        total += tl.load(p_x + n.to(tl.int64) * stride_n, inside & there, 0.0).to(A)
+    count = tl.maximum(tl.load(number + i_b * windows + o_w, o_w < windows, 1), 1).to(A)
+    tl.store(pooled + (i_b * C + o_c) * windows + o_w, total / count, inside)
+
+
+@triton.jit
+def average_large_kernel(
+    x, mask, number, pooled,  # [B, C, N], [B, N], [B, windows], [B, C, windows]
+    C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
+    HAS_MASK: tl.constexpr, INDEX: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    A: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    PIXELS: tl.constexpr = WINDOW_Z * WINDOW_Y * WINDOW_X
+    plane = (tl.program_id(0) // blocks).to(tl.int64)
+    i_b, i_c = plane // C, plane % C
+    o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
+    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
+    p_x = x + i_b * stride_b + i_c * stride_c
+    total = tl.zeros([BLOCK_W, 1], tl.float64)
+    for first in range(0, PIXELS, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        dz, dy, dx = k // (WINDOW_Y * WINDOW_X), k // WINDOW_X % WINDOW_Y, k % WINDOW_X
+        there = (k < PIXELS) & (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
+        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
+        if HAS_MASK:
+            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        b_x = tl.load(p_x + n.to(tl.int64) * stride_n, there, 0.0).to(A)
+        total += tl.sum(b_x, 1, keep_dims=True).to(tl.float64)
+    count = tl.maximum(tl.load(number + i_b * windows + o_w, o_w < windows, 1), 1).to(tl.float64)
+    tl.store(pooled + plane * windows + o_w, (total / count).to(A), o_w < windows)
+
+
+@triton.jit
+def share_kernel(
+    mask, number, upstream, gradient,  # [B, N], [B, windows], [B, C, windows], [B, C, N]
+    C, N, windows, blocks, size_y, size_x, pooled_y, pooled_x,
+    stride_ub, stride_uc, stride_un, stride_b, stride_c, stride_n,
+    HAS_MASK: tl.constexpr, INDEX: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_n = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    inside = (o_c < C) & (o_n < N)
+    line, n_x = o_n // size_x, o_n % size_x
+    z, y = line // size_y, line % size_y
+    window = (z // WINDOW_Z * pooled_y + y // WINDOW_Y) * pooled_x + n_x // WINDOW_X
+    counts = o_n < N
+    if HAS_MASK:
+        counts = counts & (tl.load(mask + i_b * N + o_n, counts, 0) != 0)
+    count = tl.maximum(tl.load(number + i_b * windows + window, counts, 1), 1).to(A)
+    own = inside & counts
+    v = tl.load(upstream + i_b * stride_ub + o_c * stride_uc + window.to(tl.int64) * stride_un, own, 0.0).to(A)
+    p = gradient + i_b * stride_b + o_c * stride_c + o_n.to(tl.int64) * stride_n
+    tl.store(p, (v / count).to(gradient.dtype.element_ty), inside)
+
+
+@operator()
+def average_pool(
+    x: torch.Tensor,  # [B, C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    window: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, C = x.shape[:2]
+    size, steps, pooled_size = sizes_of(x, window)
+    shape = pooled_size[5 - x.dim() :]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pooled = x.new_empty((B, C, *shape), dtype=wide)
+    number = x.new_empty((B, *shape), dtype=torch.int32)
+    windows = math.prod(pooled_size)
+    if number.numel() == 0:
+        return pooled, number
+    settings = {
+        "HAS_MASK": mask is not None, "INDEX": index_type(size),
+        "WINDOW_Z": steps[0], "WINDOW_Y": steps[1], "WINDOW_X": steps[2],
+    }  # fmt: skip
+    pixels = min(triton.next_power_of_2(math.prod(steps)), 256)
+    columns = min(triton.next_power_of_2(windows), 1024 // pixels)
+    blocks = -(-windows // columns)
+    number_kernel[(B * blocks,)](
+        mask, number, math.prod(size), windows, blocks, *size, *pooled_size[1:],
+        BLOCK_W=columns, BLOCK_K=pixels, **settings,
+    )  # fmt: skip
+    if x.numel() == 0:
+        return pooled, number
+    kept, strides = planes_of(x)
+    settings["A"] = tl.float64 if wide == torch.float64 else tl.float32
+    few = math.prod(steps) <= FEW
+    rows, columns = blocks_of(C, windows, strides[2] == 1, 256) if few else (1, 4)
+    blocks = -(-windows // columns)
+    args = kept, mask, number, pooled, C, math.prod(size), windows, blocks, *size, *pooled_size[1:], *strides
+    if few:
+        average_kernel[(B * blocks, -(-C // rows))](*args, BLOCK_C=rows, BLOCK_W=columns, **settings)
+    else:
+        average_large_kernel[(B * C * blocks,)](*args, BLOCK_W=columns, BLOCK_K=256, **settings)
+    return pooled, number
+
+
+@operator()
+def average_pool_backward(
+    x: torch.Tensor,  # [B, C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    number: torch.Tensor,  # [B, *P], int32, contiguous
+    upstream: torch.Tensor,  # [B, C, *P], in the type of the arithmetic
+    window: list[int],
+) -> torch.Tensor:
+    gradient, written, strides = gradient_like(x)
+    if x.numel() > 0:
+        B, C = x.shape[:2]
+        size, steps, pooled_size = sizes_of(x, window)
+        N = math.prod(size)
+        v, strides_v = planes_of(upstream)
+        rows, columns = blocks_of(C, N, strides[2] == 1, 1024)
+        blocks = -(-N // columns)
+        share_kernel[(B * blocks, -(-C // rows))](
+            mask, number, v, written, C, N, math.prod(pooled_size), blocks, *size[1:], *pooled_size[1:],
+            *strides_v, *strides,
+            HAS_MASK=mask is not None, INDEX=index_type(size),
+            WINDOW_Z=steps[0], WINDOW_Y=steps[1], WINDOW_X=steps[2],
+            A=tl.float64 if x.dtype == torch.float64 else tl.float32, BLOCK_C=rows, BLOCK_N=columns,
+        )  # fmt: skip
+    if written is not gradient:
+        gradient.copy_(written)
+    return gradient
