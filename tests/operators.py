@@ -20,6 +20,7 @@ EMULATED = () if torch.cuda.is_available() else ("cuda", "triton")
 
 def compiled(function: Callable[..., Any], backend: str, **settings: Any) -> Callable[..., Any]:
     """`function` in one graph. Inductor generates code for what stands around an operator: once, not for each emulated backend."""
+    torch._dynamo.reset()  # or graphs that other tests made of the same line would count
     by = "aot_eager" if backend in (*EMULATED, "reference") else "inductor"
     return torch.compile(function, fullgraph=True, backend=by, **settings)
 
@@ -82,6 +83,18 @@ def in_new_processes(script: str, count: int = 2, **environment: str) -> None:
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+#: Of labels; the operators' default.
+IGNORED = -100
+
+
+def labels(shape: tuple[int, ...], classes: int, coherent: bool, ignored: float = 0.3) -> torch.Tensor:
+    """Of features [B, C, *S]: random labels [B, *S], or bands of equal ones."""
+    target = torch.randint(0, classes, (shape[0], *shape[2:]))
+    if coherent:
+        target = target.flatten(1).sort(1).values.view_as(target)
+    return target.masked_fill(torch.rand(target.shape) < ignored, IGNORED)
 
 
 def over_threads(function: Callable[[], list[torch.Tensor]]) -> None:

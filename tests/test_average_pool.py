@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import EMULATED, ROUNDING, assert_close, channels_last, compiled, over_threads, value_and_gradient
+from operators import EMULATED, ROUNDING, assert_close, channels_last, value_and_gradient
 
-import medkd_fast
 from medkd_fast import average_pool
-from medkd_fast.backend import kernel
 
 CASES = [
     ((2, 5, 8, 16), 2),
@@ -126,14 +124,6 @@ def test_a_window_longer_than_its_axis(backend: str) -> None:
     assert torch.equal(average_pool(x, [7, 2]).pooled, average_pool(x, (3, 2)).pooled)
 
 
-def test_masks_of_any_kind(backend: str) -> None:
-    x, mask = torch.randn(2, 3, 5, 6), torch.rand(2, 5, 6) < 0.5
-    want = average_pool(x, 2, mask=mask)
-    for same in (mask.long() * 3, mask.unsqueeze(1), mask.mT.contiguous().mT):
-        got = average_pool(x, 2, mask=same)
-        assert torch.equal(got.pooled, want.pooled) and torch.equal(got.number, want.number)
-
-
 def test_gradcheck(backend: str) -> None:
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 5, 4) < 0.7
@@ -141,37 +131,6 @@ def test_gradcheck(backend: str) -> None:
         assert torch.autograd.gradcheck(
             lambda y, w=window: average_pool(y, w, mask=mask).pooled, x, fast_mode=backend in EMULATED
         )
-
-
-@pytest.mark.parametrize(("shape", "window"), [((2, 5, 7, 9), 2), ((1, 9, 3, 4, 5), 2), ((1, 34, 4, 7), 3)], ids=str)
-def test_layouts(fused: str, shape: tuple[int, ...], window: int) -> None:
-    x, mask = torch.randn(shape), torch.rand(shape[0], *shape[2:]) < 0.5
-    wide = torch.randn(*shape[:-1], 2 * shape[-1])
-    wide[..., ::2] = x
-    layouts = [
-        channels_last(x),
-        channels_last(torch.cat([x, x], 1))[:, shape[1] :],
-        wide[..., ::2],
-        x.movedim(0, -1).contiguous().movedim(-1, 0),
-        x.mT.contiguous().mT,
-        F.pad(x, [1, 2] * (x.dim() - 2))[(..., *[slice(1, -2)] * (x.dim() - 2))],
-    ]
-    for y in layouts:
-        gradient = check(y, window)
-        assert gradient.stride() == torch.empty_like(y).stride()
-    for y in layouts[:3]:
-        check(y, window, mask)
-        check(y.bfloat16(), window, mask)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
-def test_nothing(backend: str, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape, requires_grad=True)
-    pooled, counted = average_pool(x, 2, mask=torch.ones(shape[0], *shape[2:], dtype=torch.bool))
-    pooled.sum().backward()
-    size = [-(-n // min(2, max(n, 1))) for n in shape[2:]]
-    assert pooled.shape == (*shape[:2], *size) and x.grad.shape == shape
-    assert counted.shape == (shape[0], *size) and counted.sum() == shape[0] * shape[2] * shape[3]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 80), (1, 1, 5000), (1, 2, 1030, 6), (1, 70, 40, 40)], ids=str)
@@ -183,55 +142,3 @@ def test_large(cpp: str, shape: tuple[int, ...]) -> None:
         for y in (x, channels_last(x)) if x.dim() == 4 else (x,):
             check(y, window)
             check(y, window, mask)
-
-
-def test_same_bits_for_any_number_of_threads(cpp: str) -> None:
-    x, mask = torch.randn(2, 9, 130, 140), torch.rand(2, 130, 140) < 0.9
-    for y in (x, channels_last(x)):
-        over_threads(lambda y=y: list(value_and_gradient(lambda z: average_pool(z, 2, mask=mask).pooled, y)))
-
-
-def test_compiles_into_one_graph(fused: str) -> None:
-    x, mask = torch.randn(2, 3, 8, 9), torch.rand(2, 8, 9) < 0.5
-    pool = compiled(lambda y: average_pool(y, 2, mask=mask), fused)
-    want = average_pool(x, 2, mask=mask)
-    assert torch.equal(pool(x).number, want.number)
-    got = value_and_gradient(lambda y: pool(y).pooled, x)
-    plain = value_and_gradient(lambda y: average_pool(y, 2, mask=mask).pooled, x)
-    assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
-
-
-def test_under_autocast(backend: str) -> None:
-    x = torch.randn(1, 2, 4, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        pooled = average_pool(x, 2).pooled
-    assert pooled.dtype == torch.float32 and torch.equal(pooled, average_pool(x, 2).pooled)
-
-
-def test_double_backward_raises(fused: str) -> None:
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(average_pool(x, 2).pooled.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="average_pool: second derivatives"):
-        gradient.square().sum().backward()
-
-
-def test_opcheck(fused: str) -> None:
-    x, mask = torch.randn(2, 3, 5, 6), torch.rand(2, 5, 6) < 0.7
-    for y, some in ((x, mask), (channels_last(x), None)):
-        torch.library.opcheck(kernel("average_pool", fused), (y, some, [2, 3]))
-        pooled, counted = kernel("average_pool", fused)(y, some, [2, 3])
-        args = (y, some, counted, torch.randn_like(pooled), [2, 3])
-        torch.library.opcheck(kernel("average_pool_backward", fused), args)
-
-
-def test_bad_arguments(backend: str) -> None:
-    x = torch.randn(1, 2, 4, 4)
-    with pytest.raises(ValueError, match="window: got 0, want a whole number of at least 1"):
-        average_pool(x, 0)
-    with pytest.raises(ValueError, match=r"window: got \(2, 2, 2\), want a whole number of at least 1, or 2 of them"):
-        average_pool(x, (2, 2, 2))
-    with pytest.raises(ValueError, match=r"mask: got shape \(1, 3, 4\), want \(1, 4, 4\)"):
-        average_pool(x, 2, mask=torch.ones(1, 3, 4, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"x: got torch\.int64"):
-        average_pool(x.long(), 2)
-    assert medkd_fast.functional.average_pool is average_pool

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import EMULATED, ROUNDING, assert_close, channels_last, over_threads, value_and_gradient
+from operators import EMULATED, IGNORED, ROUNDING, assert_close, labels, value_and_gradient
 
-import medkd_fast
 from medkd_fast import class_similarity
 from medkd_fast.backend import kernel
 
@@ -19,7 +18,6 @@ SHAPES = [
     ((1, 6, 37, 31), 40),
     ((1, 2, 37, 61), 9),
 ]
-IGNORED = -100
 
 
 def formula(x: torch.Tensor, target: torch.Tensor, classes: int, ignore_index: int = IGNORED) -> torch.Tensor:
@@ -40,14 +38,6 @@ def formula(x: torch.Tensor, target: torch.Tensor, classes: int, ignore_index: i
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     return torch.where((x == 0).all(0), 1e-8, x.norm(dim=0).clamp(min=1e-8))
-
-
-def labels(shape: tuple[int, ...], classes: int, coherent: bool, ignored: float = 0.3) -> torch.Tensor:
-    """Random ones, or bands of equal ones."""
-    target = torch.randint(0, classes, (shape[0], *shape[2:]))
-    if coherent:
-        target = target.flatten(1).sort(1).values.view_as(target)
-    return target.masked_fill(torch.rand(target.shape) < ignored, IGNORED)
 
 
 @pytest.mark.parametrize(("shape", "classes"), SHAPES, ids=str)
@@ -139,18 +129,6 @@ def test_what_is_ignored_may_be_anything(backend: str, ignore_index: int) -> Non
     assert_close(got[0], formula(x.nan_to_num(0, 0, 0), target, 3, ignore_index), 1e-6)
 
 
-def test_nothing(backend: str) -> None:
-    x, target = torch.full((2, 3, 4, 5), torch.nan), torch.full((2, 4, 5), IGNORED)
-    value, gradient = value_and_gradient(lambda x: class_similarity(x, target, num_classes=2), x)
-    assert (value == 0).all() and (gradient == 0).all()
-    for shape in ((0, 3, 4, 5), (2, 3, 0, 5)):
-        target = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
-        value, gradient = value_and_gradient(
-            lambda x, y=target: class_similarity(x, y, num_classes=2), torch.randn(shape)
-        )
-        assert value.shape == target.shape and gradient.shape == shape
-
-
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(backend: str, half: torch.dtype) -> None:
     x, target = torch.randn(2, 3, 16, 20).to(half), labels((2, 3, 16, 20), 4, True)
@@ -160,44 +138,6 @@ def test_half_precision(backend: str, half: torch.dtype) -> None:
     assert value.dtype == torch.float32 and gradient.dtype == half
     assert_close(value, want, 1e-6)
     assert_close(gradient, want_gradient, 5e-6 + 2 * ROUNDING[half])
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 20, 4, 5, 6), (1, 34, 23, 29)], ids=str)
-def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
-    x, target = torch.randn(shape), labels(shape, 4, False)
-    wide = torch.randn(*shape[:-1], 2 * shape[-1])
-    wide[..., ::2] = x
-    upstream = torch.randn(target.shape)
-    want = value_and_gradient(lambda x: class_similarity(x, target, num_classes=4), x, upstream)
-    got = value_and_gradient(lambda x: class_similarity(x, target, num_classes=4), channels_last(x), upstream)
-    assert got[1].stride() == channels_last(x).stride()
-    if fused == "cpp":
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    else:  # channels are added in another order
-        assert_close(got[0], want[0], 1e-6)
-        assert_close(got[1], want[1], 5e-6)
-    for other in (wide[..., ::2], x.transpose(2, 3).contiguous().transpose(2, 3)):
-        assert_close(class_similarity(other, target, num_classes=4), want[0], 1e-6)
-
-
-def test_same_bits_for_any_number_of_threads(cpp: str) -> None:
-    x, target = torch.randn(2, 20, 130, 140), labels((2, 20, 130, 140), 7, False)
-    over_threads(lambda: list(value_and_gradient(lambda x: class_similarity(x, target, num_classes=7), x)))
-
-
-def test_compiles_into_one_graph(fused: str) -> None:
-    x, target = torch.randn(2, 3, 8, 9), labels((2, 3, 8, 9), 4, False)
-    function = torch.compile(lambda x: class_similarity(x, target, num_classes=4), fullgraph=True, backend="aot_eager")
-    got = value_and_gradient(function, x)
-    want = value_and_gradient(lambda x: class_similarity(x, target, num_classes=4), x)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-def test_double_backward_raises(fused: str) -> None:
-    x, target = torch.randn(1, 2, 4, 4, requires_grad=True), torch.zeros(1, 4, 4, dtype=torch.long)
-    (gradient,) = torch.autograd.grad(class_similarity(x, target, num_classes=1).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="class_similarity: second derivatives"):
-        gradient.square().sum().backward()
 
 
 def test_opcheck(fused: str) -> None:
@@ -224,16 +164,3 @@ def test_labels_that_are_none(fused: str) -> None:
     upstream = torch.randn(1, 6, 7)
     gradient = kernel("class_similarity_backward", fused)(x, target, similarity, *rest, upstream, -100)
     assert gradient.movedim(1, -1)[none].isnan().all() and gradient.movedim(1, -1)[~none].isfinite().all()
-
-
-def test_bad_arguments(backend: str) -> None:
-    x, target = torch.randn(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
-    with pytest.raises(ValueError, match="num_classes: got 0, want at least 1"):
-        class_similarity(x, target, num_classes=0)
-    with pytest.raises(ValueError, match=r"target: got shape \(1, 4, 3\), want \(1, 4, 4\)"):
-        class_similarity(x, target[..., :3], num_classes=2)
-    with pytest.raises(TypeError, match="x: got torch.int64"):
-        class_similarity(x.long(), target, num_classes=2)
-    with pytest.raises((ValueError, RuntimeError), match="target holds the label -1, want 0 to 1 or ignore_index"):
-        class_similarity(x, target - 1, num_classes=2)
-    assert medkd_fast.functional.class_similarity is class_similarity

@@ -10,11 +10,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import EMULATED, channels_last, compiled, over_threads, value_and_gradient
+from operators import EMULATED, value_and_gradient
 
-import medkd_fast
 from medkd_fast import max_pool
-from medkd_fast.backend import kernel
 
 CASES = [
     ((2, 5, 8, 16), 2),
@@ -165,14 +163,6 @@ def test_a_window_longer_than_its_axis(backend: str) -> None:
     assert torch.equal(max_pool(x, [7, 2]).pooled, max_pool(x, (3, 2)).pooled)
 
 
-def test_masks_of_any_kind(backend: str) -> None:
-    x, mask = drawn((2, 3, 5, 6)), torch.rand(2, 5, 6) < 0.5
-    want = max_pool(x, 2, mask=mask)
-    for same in (mask.long() * 3, mask.unsqueeze(1), mask.mT.contiguous().mT):
-        got = max_pool(x, 2, mask=same)
-        assert torch.equal(got.pooled, want.pooled) and torch.equal(got.counted, want.counted)
-
-
 def test_gradcheck(backend: str) -> None:
     """Of values far enough apart for a finite difference."""
     x = torch.randperm(2 * 3 * 5 * 4).reshape(2, 3, 5, 4).double().requires_grad_()
@@ -183,36 +173,6 @@ def test_gradcheck(backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize(("shape", "window"), [((2, 5, 7, 9), 2), ((1, 9, 3, 4, 5), 2), ((1, 34, 4, 7), 3)], ids=str)
-def test_layouts(fused: str, shape: tuple[int, ...], window: int) -> None:
-    x, mask = drawn(shape), torch.rand(shape[0], *shape[2:]) < 0.5
-    wide = torch.randn(*shape[:-1], 2 * shape[-1])
-    wide[..., ::2] = x
-    layouts = [
-        channels_last(x),
-        channels_last(torch.cat([x, x], 1))[:, shape[1] :],
-        wide[..., ::2],
-        x.movedim(0, -1).contiguous().movedim(-1, 0),
-        x.mT.contiguous().mT,
-        F.pad(x, [1, 2] * (x.dim() - 2))[(..., *[slice(1, -2)] * (x.dim() - 2))],
-    ]
-    for y in layouts:
-        gradient = check(y, window)
-        assert gradient.stride() == torch.empty_like(y).stride()
-    for y in layouts[:3]:
-        check(y, window, mask)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
-def test_nothing(backend: str, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape, requires_grad=True)
-    pooled, counted = max_pool(x, 2, mask=torch.ones(shape[0], *shape[2:], dtype=torch.bool))
-    pooled.sum().backward()
-    size = [-(-n // min(2, max(n, 1))) for n in shape[2:]]
-    assert pooled.shape == (*shape[:2], *size) and x.grad.shape == shape
-    assert counted.shape == (shape[0], *size) and not counted.any()
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 64, 80), (1, 1, 5000), (1, 2, 1030, 6)], ids=str)
 def test_large(cpp: str, shape: tuple[int, ...]) -> None:
     """More windows in a line than are taken at a time."""
@@ -220,51 +180,3 @@ def test_large(cpp: str, shape: tuple[int, ...]) -> None:
     for window in (2, 3, 40):
         check(drawn(shape), window)
         check(drawn(shape), window, mask)
-
-
-def test_same_bits_for_any_number_of_threads(cpp: str) -> None:
-    x, mask = drawn((2, 9, 130, 140)), torch.rand(2, 130, 140) < 0.9
-    for y in (x, channels_last(x)):
-        over_threads(lambda y=y: list(value_and_gradient(lambda z: max_pool(z, 2, mask=mask).pooled, y)))
-
-
-def test_compiles_into_one_graph(fused: str) -> None:
-    x, mask = drawn((2, 3, 8, 9)), torch.rand(2, 8, 9) < 0.5
-    pool = compiled(lambda y: max_pool(y, 2, mask=mask), fused)
-    want = max_pool(x, 2, mask=mask)
-    assert torch.equal(pool(x).counted, want.counted)
-    got = value_and_gradient(lambda y: pool(y).pooled, x)
-    plain = value_and_gradient(lambda y: max_pool(y, 2, mask=mask).pooled, x)
-    assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
-
-
-def test_double_backward_raises(fused: str) -> None:
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(max_pool(x, 2).pooled.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="max_pool: second derivatives"):
-        gradient.square().sum().backward()
-
-
-def test_opcheck(fused: str) -> None:
-    x, mask = torch.randn(2, 3, 5, 6), torch.rand(2, 5, 6) < 0.7
-    for y, some in ((x, mask), (channels_last(x), None)):
-        torch.library.opcheck(kernel("max_pool", fused), (y, some, [2, 3]))
-        pooled, place = kernel("max_pool", fused)(y, some, [2, 3])
-        torch.library.opcheck(kernel("max_pool_backward", fused), (y, place, torch.randn_like(pooled), [2, 3]))
-
-
-def test_bad_arguments(backend: str) -> None:
-    x = torch.randn(1, 2, 4, 4)
-    with pytest.raises(ValueError, match="window: got 0, want a whole number of at least 1"):
-        max_pool(x, 0)
-    with pytest.raises(ValueError, match=r"window: got \(2, 2, 2\), want a whole number of at least 1, or 2 of them"):
-        max_pool(x, (2, 2, 2))
-    with pytest.raises(ValueError, match="window: got 182, 33124 pixels, want at most 32767"):
-        max_pool(torch.randn(1, 1, 182, 182), 182)
-    with pytest.raises(ValueError, match="want one to three spatial dimensions"):
-        max_pool(torch.randn(1, 2, 2, 2, 2, 2), 2)
-    with pytest.raises(ValueError, match=r"mask: got shape \(1, 3, 4\), want \(1, 4, 4\)"):
-        max_pool(x, 2, mask=torch.ones(1, 3, 4, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"x: got torch\.int64"):
-        max_pool(x.long(), 2)
-    assert medkd_fast.functional.max_pool is max_pool

@@ -191,10 +191,6 @@ __global__ void __launch_bounds__(pool_threads, least_blocks) share_kernel(const
 template <typename T>
 constexpr std::size_t tile_bytes = pool_tile * tile_stride * sizeof(Wide<T>);
 
-static bool is_large(const PoolCall& call) {
-  return int64_t{call.window[0]} * call.window[1] * call.window[2] >= large_window;
-}
-
 template <typename T>
 static void forward(const AveragePoolCall& all, cudaStream_t stream) {
   if (!lines_in_packs<T>(all) && all.channels_inside()) {
@@ -216,16 +212,9 @@ static void forward(const AveragePoolCall& all, cudaStream_t stream) {
 }
 
 template <typename T>
-static void backward(const AveragePoolCall& all, cudaStream_t stream) {
-  if (!lines_in_packs<T>(all) && all.channels_inside())
-    return launch<share_channels_kernel<T>>(tiles_of(all), pool_threads, tile_bytes<T>, stream, all);
-  over_planes(all, [&](const AveragePoolCall& call) {
-    const int64_t windows = int64_t{call.count} * call.windows, pixels = int64_t{call.count} * call.pixels;
-    if (lines_in_packs<T>(call))
-      launch<share_pairs_kernel<T>>(grid_of(windows / (pack_of<T> / 2), pool_threads), pool_threads, 0, stream, call);
-    else
-      launch<share_kernel<T>>(grid_of(pixels, pool_threads), pool_threads, 0, stream, call);
-  });
+static void backward(const AveragePoolCall& call, cudaStream_t stream) {
+  launch_gradient<T, share_channels_kernel<T>, share_pairs_kernel<T>, share_kernel<T>>(call, lines_in_packs<T>(call),
+                                                                                       tile_bytes<T>, stream);
 }
 
 static void count(const AveragePoolCall& call, int64_t images, cudaStream_t stream) {
@@ -256,12 +245,7 @@ static std::tuple<Tensor, Tensor> average_pool(
   if (number.numel() > 0) count(call, x.size(0), device.stream());
   if (x.numel() == 0) return {pooled, number};
   call.x = planes_of(x, holder);
-  switch (call.x.type) {
-    case Type::float64: forward<double>(call, device.stream()); break;
-    case Type::bfloat16: forward<BFloat16>(call, device.stream()); break;
-    case Type::float16: forward<Float16>(call, device.stream()); break;
-    default: forward<float>(call, device.stream());
-  }
+  with_element(call.x.type, [&](auto zero) { forward<decltype(zero)>(call, device.stream()); });
   return {pooled, number};
 }
 
@@ -283,12 +267,7 @@ static Tensor average_pool_backward(
   call.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
   call.pooled = dense.data_ptr();
   call.number = static_cast<int32_t*>(number.data_ptr());
-  switch (call.x.type) {
-    case Type::float64: backward<double>(call, device.stream()); break;
-    case Type::bfloat16: backward<BFloat16>(call, device.stream()); break;
-    case Type::float16: backward<Float16>(call, device.stream()); break;
-    default: backward<float>(call, device.stream());
-  }
+  with_element(call.x.type, [&](auto zero) { backward<decltype(zero)>(call, device.stream()); });
   return gradient.finish();
 }
 

@@ -213,12 +213,11 @@ template <typename T>
 static void forward(const MaxPoolCall& all, cudaStream_t stream) {
   if (!in_packs<T>(all) && all.channels_inside())
     return launch<pool_channels_kernel<T>>(tiles_of(all), pool_threads, tile_bytes<T>, stream, all);
-  const bool large = int64_t{all.window[0]} * all.window[1] * all.window[2] >= large_window;
   over_planes(all, [&](const MaxPoolCall& call) {
     const int64_t windows = int64_t{call.count} * call.windows;
     if (in_packs<T>(call))
       launch<pool_pairs_kernel<T>>(grid_of(windows / (pack_of<T> / 2), pool_threads), pool_threads, 0, stream, call);
-    else if (large)
+    else if (is_large(call))
       launch<pool_kernel<T, true>>(grid_of(windows, pool_threads / warp_size), pool_threads, 0, stream, call);
     else
       launch<pool_kernel<T, false>>(grid_of(windows, pool_threads), pool_threads, 0, stream, call);
@@ -226,16 +225,9 @@ static void forward(const MaxPoolCall& all, cudaStream_t stream) {
 }
 
 template <typename T>
-static void backward(const MaxPoolCall& all, cudaStream_t stream) {
-  if (!in_packs<T>(all) && all.channels_inside())
-    return launch<spread_channels_kernel<T>>(tiles_of(all), pool_threads, tile_bytes<T>, stream, all);
-  over_planes(all, [&](const MaxPoolCall& call) {
-    const int64_t windows = int64_t{call.count} * call.windows, pixels = int64_t{call.count} * call.pixels;
-    if (in_packs<T>(call))
-      launch<spread_pairs_kernel<T>>(grid_of(windows / (pack_of<T> / 2), pool_threads), pool_threads, 0, stream, call);
-    else
-      launch<spread_kernel<T>>(grid_of(pixels, pool_threads), pool_threads, 0, stream, call);
-  });
+static void backward(const MaxPoolCall& call, cudaStream_t stream) {
+  launch_gradient<T, spread_channels_kernel<T>, spread_pairs_kernel<T>, spread_kernel<T>>(call, in_packs<T>(call),
+                                                                                          tile_bytes<T>, stream);
 }
 
 static std::tuple<Tensor, Tensor> max_pool(
@@ -253,12 +245,7 @@ static std::tuple<Tensor, Tensor> max_pool(
   call.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
   call.pooled = pooled.data_ptr();
   call.place = static_cast<int16_t*>(place.data_ptr());
-  switch (call.x.type) {
-    case Type::float64: forward<double>(call, device.stream()); break;
-    case Type::bfloat16: forward<BFloat16>(call, device.stream()); break;
-    case Type::float16: forward<Float16>(call, device.stream()); break;
-    default: forward<float>(call, device.stream());
-  }
+  with_element(call.x.type, [&](auto zero) { forward<decltype(zero)>(call, device.stream()); });
   return {pooled, place};
 }
 
@@ -278,12 +265,7 @@ static Tensor max_pool_backward(
   call.x = planes_of(gradient.written, holder);
   call.pooled = dense.data_ptr();
   call.place = static_cast<int16_t*>(place.data_ptr());
-  switch (call.x.type) {
-    case Type::float64: backward<double>(call, device.stream()); break;
-    case Type::bfloat16: backward<BFloat16>(call, device.stream()); break;
-    case Type::float16: backward<Float16>(call, device.stream()); break;
-    default: backward<float>(call, device.stream());
-  }
+  with_element(call.x.type, [&](auto zero) { backward<decltype(zero)>(call, device.stream()); });
   return gradient.finish();
 }
 

@@ -129,6 +129,34 @@ void over_planes(Call call, const Queue& queue) {
   }
 }
 
+// A thread of `of_pixel` has a pixel, one of `in_packs` a pack of windows, a block of `in_tiles` a tile.
+template <typename T, auto in_tiles, auto in_packs, auto of_pixel, typename Call>
+void launch_gradient(const Call& all, bool packs, std::size_t tile_bytes, cudaStream_t stream) {
+  if (!packs && all.channels_inside()) return launch<in_tiles>(tiles_of(all), pool_threads, tile_bytes, stream, all);
+  over_planes(all, [&](const Call& call) {
+    const int64_t windows = int64_t{call.count} * call.windows, pixels = int64_t{call.count} * call.pixels;
+    if (packs)
+      launch<in_packs>(grid_of(windows / (pack_of<T> / 2), pool_threads), pool_threads, 0, stream, call);
+    else
+      launch<of_pixel>(grid_of(pixels, pool_threads), pool_threads, 0, stream, call);
+  });
+}
+
+inline bool is_large(const PoolCall& call) {
+  return int64_t{call.window[0]} * call.window[1] * call.window[2] >= large_window;
+}
+
+// run(T()) with the type of x's elements.
+template <typename Run>
+void with_element(Type type, const Run& run) {
+  switch (type) {
+    case Type::float64: run(double()); break;
+    case Type::bfloat16: run(BFloat16()); break;
+    case Type::float16: run(Float16()); break;
+    default: run(float());
+  }
+}
+
 inline PoolCall call_of(const Tensor& x, const std::vector<int64_t>& window, std::vector<int64_t>& pooled_shape) {
   PoolCall call{};
   pooled_shape = {x.size(0), x.size(1)};

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.planes import gradient_like, planes_of
-from medkd_fast.kernels.windows import FEW, blocks_of, corner, index_type, sizes_of
+from medkd_fast.kernels.windows import A_OF, corner, over_pixels, over_windows, settings_of, sizes_of
+from medkd_fast.reference.common import arithmetic
 
 
 @triton.jit
@@ -123,38 +123,22 @@ def average_pool(
     mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
     window: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    B, C = x.shape[:2]
+    B = x.shape[0]
     size, steps, pooled_size = sizes_of(x, window)
     shape = pooled_size[5 - x.dim() :]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pooled = x.new_empty((B, C, *shape), dtype=wide)
+    pooled = x.new_empty((B, x.shape[1], *shape), dtype=arithmetic(x, x))
     number = x.new_empty((B, *shape), dtype=torch.int32)
-    windows = math.prod(pooled_size)
-    if number.numel() == 0:
-        return pooled, number
-    settings = {
-        "HAS_MASK": mask is not None, "INDEX": index_type(size),
-        "WINDOW_Z": steps[0], "WINDOW_Y": steps[1], "WINDOW_X": steps[2],
-    }  # fmt: skip
-    pixels = min(triton.next_power_of_2(math.prod(steps)), 256)
-    columns = min(triton.next_power_of_2(windows), 1024 // pixels)
-    blocks = -(-windows // columns)
-    number_kernel[(B * blocks,)](
-        mask, number, math.prod(size), windows, blocks, *size, *pooled_size[1:],
-        BLOCK_W=columns, BLOCK_K=pixels, **settings,
-    )  # fmt: skip
-    if x.numel() == 0:
-        return pooled, number
-    kept, strides = planes_of(x)
-    settings["A"] = tl.float64 if wide == torch.float64 else tl.float32
-    few = math.prod(steps) <= FEW
-    rows, columns = blocks_of(C, windows, strides[2] == 1, 256) if few else (1, 4)
-    blocks = -(-windows // columns)
-    args = kept, mask, number, pooled, C, math.prod(size), windows, blocks, *size, *pooled_size[1:], *strides
-    if few:
-        average_kernel[(B * blocks, -(-C // rows))](*args, BLOCK_C=rows, BLOCK_W=columns, **settings)
-    else:
-        average_large_kernel[(B * C * blocks,)](*args, BLOCK_W=columns, BLOCK_K=256, **settings)
+    if number.numel() > 0:
+        windows = math.prod(pooled_size)
+        pixels = min(triton.next_power_of_2(math.prod(steps)), 256)
+        columns = min(triton.next_power_of_2(windows), 1024 // pixels)
+        blocks = -(-windows // columns)
+        number_kernel[(B * blocks,)](
+            mask, number, math.prod(size), windows, blocks, *size, *pooled_size[1:],
+            HAS_MASK=mask is not None, BLOCK_W=columns, BLOCK_K=pixels, **settings_of(size, steps),
+        )  # fmt: skip
+    if x.numel() > 0:
+        over_windows(average_kernel, average_large_kernel, x, mask, [number, pooled], window)
     return pooled, number
 
 
@@ -166,21 +150,5 @@ def average_pool_backward(
     upstream: torch.Tensor,  # [B, C, *P], in the type of the arithmetic
     window: list[int],
 ) -> torch.Tensor:
-    gradient, written, strides = gradient_like(x)
-    if x.numel() > 0:
-        B, C = x.shape[:2]
-        size, steps, pooled_size = sizes_of(x, window)
-        N = math.prod(size)
-        v, strides_v = planes_of(upstream)
-        rows, columns = blocks_of(C, N, strides[2] == 1, 1024)
-        blocks = -(-N // columns)
-        share_kernel[(B * blocks, -(-C // rows))](
-            mask, number, v, written, C, N, math.prod(pooled_size), blocks, *size[1:], *pooled_size[1:],
-            *strides_v, *strides,
-            HAS_MASK=mask is not None, INDEX=index_type(size),
-            WINDOW_Z=steps[0], WINDOW_Y=steps[1], WINDOW_X=steps[2],
-            A=tl.float64 if x.dtype == torch.float64 else tl.float32, BLOCK_C=rows, BLOCK_N=columns,
-        )  # fmt: skip
-    if written is not gradient:
-        gradient.copy_(written)
-    return gradient
+    settings = {"HAS_MASK": mask is not None, "A": A_OF.get(x.dtype, tl.float32)}
+    return over_pixels(share_kernel, [mask, number], upstream, x, window, **settings)

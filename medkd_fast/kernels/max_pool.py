@@ -4,15 +4,12 @@ A tile is [channels, windows]; a program goes over the pixels of its windows, on
 which there are few, have a kernel of their own: there a tile is [windows, pixels].
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.planes import gradient_like, planes_of
-from medkd_fast.kernels.windows import FEW, blocks_of, corner, index_type, sizes_of
+from medkd_fast.kernels.windows import corner, over_pixels, over_windows, sizes_of
 
 
 @triton.jit
@@ -119,26 +116,11 @@ def max_pool(
     mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
     window: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    B, C = x.shape[:2]
-    size, steps, number = sizes_of(x, window)
-    pooled = x.new_empty((B, C, *number[5 - x.dim() :]))
+    _, _, number = sizes_of(x, window)
+    pooled = x.new_empty((*x.shape[:2], *number[5 - x.dim() :]))
     place = torch.empty_like(pooled, dtype=torch.int16)
-    if x.numel() == 0:
-        return pooled, place
-    kept, strides = planes_of(x)
-    windows = math.prod(number)
-    settings = {
-        "HAS_MASK": mask is not None, "INDEX": index_type(size), "A": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "WINDOW_Z": steps[0], "WINDOW_Y": steps[1], "WINDOW_X": steps[2],
-    }  # fmt: skip
-    few = math.prod(steps) <= FEW
-    rows, columns = blocks_of(C, windows, strides[2] == 1, 256) if few else (1, 4)
-    blocks = -(-windows // columns)
-    args = kept, mask, pooled, place, C, math.prod(size), windows, blocks, *size, *number[1:], *strides
-    if few:
-        pool_kernel[(B * blocks, -(-C // rows))](*args, BLOCK_C=rows, BLOCK_W=columns, **settings)
-    else:
-        pool_large_kernel[(B * C * blocks,)](*args, BLOCK_W=columns, BLOCK_K=256, **settings)
+    if x.numel() > 0:
+        over_windows(pool_kernel, pool_large_kernel, x, mask, [pooled, place], window)
     return pooled, place
 
 
@@ -149,20 +131,4 @@ def max_pool_backward(
     upstream: torch.Tensor,  # [B, C, *P], in x's type
     window: list[int],
 ) -> torch.Tensor:
-    gradient, written, strides = gradient_like(x)
-    if x.numel() > 0:
-        B, C = x.shape[:2]
-        size, steps, number = sizes_of(x, window)
-        N = math.prod(size)
-        v, strides_v = planes_of(upstream)
-        rows, columns = blocks_of(C, N, strides[2] == 1, 1024)
-        blocks = -(-N // columns)
-        spread_kernel[(B * blocks, -(-C // rows))](
-            place, v, written, C, N, math.prod(number), blocks, *size[1:], *number[1:],
-            *strides_v, *strides,
-            INDEX=index_type(size), WINDOW_Z=steps[0], WINDOW_Y=steps[1], WINDOW_X=steps[2],
-            BLOCK_C=rows, BLOCK_N=columns,
-        )  # fmt: skip
-    if written is not gradient:
-        gradient.copy_(written)
-    return gradient
+    return over_pixels(spread_kernel, [place], upstream, x, window)
