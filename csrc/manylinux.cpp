@@ -1,6 +1,7 @@
 // What a new compiler and C library would ask of the system under a newer name than manylinux_2_28 has: glibc 2.28 and the
 // libstdc++ of GCC 8. Linked into both libraries, where these definitions come before the system's, so that one wheel
 // loads on every Linux since 2018 wherever it was made. tests/test_wheel.py reads from the libraries that this holds.
+#include <new>
 #include <sstream>
 
 #if defined(__GLIBC__)
@@ -35,5 +36,10 @@ char __libc_single_threaded = 0;
 // The default constructors of string streams are in libstdc++ since GCC 9 only; torch's headers call them.
 template std::basic_stringstream<char>::basic_stringstream();
 template std::basic_ostringstream<char>::basic_ostringstream();
+
+// Called where memory is allocated for more elements than there is address space; in libstdc++ since GCC 11.
+namespace std {
+[[noreturn]] void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+}  // namespace std
 
 #endif
