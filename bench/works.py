@@ -206,8 +206,8 @@ def pool(operator: str, shape: tuple[int, ...], layout: str = "contiguous", dtyp
     title = _title(operator, shape, None, layout, dtype)
     work = Work(operator, title, student, lambda: fused(student, 2).pooled.sum())
     for kind in ("published", "plain"):
-        pool = getattr(baselines, f"{kind}_{operator}")
-        work.variants[kind] = (lambda x, f=pool: f(x).sum()), (student,)
+        baseline = getattr(baselines, f"{kind}_{operator}")
+        work.variants[kind] = (lambda x, f=baseline: f(x).sum()), (student,)
     windows = student.numel() // 2 ** (len(shape) - 2)
     # the results, and as much for the gradient that arrives; places written and read
     size = 2 * student.element_size() + 2 * 2 if operator == "max_pool" else 2 * 4

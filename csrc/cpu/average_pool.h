@@ -149,7 +149,7 @@ inline void share_plane(const Pool& pool, const PoolPart& part, int64_t image, i
   for (int64_t x = begin; x < end; x += pool_lanes) {
     const int64_t columns = end - x < pool_lanes ? end - x : pool_lanes;
     if (width == 2) {
-      for (int64_t k = 0; k < columns; ++k) share[k] = of_window[k / 2];
+      for (int64_t k = 0; k < part.count; ++k) share[2 * k] = share[2 * k + 1] = of_window[k];
     } else {
       for (int64_t i = 0; i < columns; ++i) {
         share[i] = of_window[o];

@@ -17,8 +17,3 @@ def attention_difference(
         return common.mean_square(map_s, map_t, mask)
     images = len(map_s) if mask is None else mask.flatten(1).any(1).sum().clamp(min=1)
     return common.squared_difference(map_s, map_t) / images
-
-
-def check_power(p: float) -> None:
-    if not 1 <= p < float("inf"):
-        raise ValueError(f"p: got {p}, want a finite number of at least 1")

@@ -50,8 +50,20 @@ class BoundaryKDLoss(common.DistillationLoss):
 
 def boundary(target: torch.Tensor, ignore_index: int, radius: int = 1) -> torch.Tensor:
     """Where labels [B, *S] have another label within `radius` pixels along every axis, ignored pixels left aside."""
-    ignored, label = target == ignore_index, target.float()
-    pool, size = common.MAX_POOL[target.dim() - 1], 2 * radius + 1
-    largest = pool(label.masked_fill(ignored, -torch.inf).unsqueeze(1), size, stride=1, padding=radius)
-    smallest = -pool(-label.masked_fill(ignored, torch.inf).unsqueeze(1), size, stride=1, padding=radius)
-    return (largest != smallest).squeeze(1) & ~ignored
+    ignored, label = target == ignore_index, target.int()
+    lowest = torch.iinfo(torch.int32).min
+    largest = _largest_within(label.masked_fill(ignored, lowest), radius)
+    least_negated = _largest_within((-label).masked_fill_(ignored, lowest), radius)
+    return (largest != -least_negated) & ~ignored
+
+
+def _largest_within(label: torch.Tensor, radius: int) -> torch.Tensor:
+    """Of labels [B, *S] the largest within `radius` along every axis: one axis after the other."""
+    for axis in range(1, label.dim()):
+        size, largest = label.shape[axis], label.clone()
+        for step in range(1, min(radius, size - 1) + 1):
+            for of, others in ((0, step), (step, 0)):
+                some = largest.narrow(axis, of, size - step)
+                some.copy_(torch.maximum(some, label.narrow(axis, others, size - step)))
+        label = largest
+    return label

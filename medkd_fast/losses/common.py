@@ -13,7 +13,6 @@ from medkd_fast.ops.common import labels
 
 Pool = Callable[..., torch.Tensor]
 ADAPTIVE_POOL: dict[int, Pool] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-MAX_POOL: dict[int, Pool] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 

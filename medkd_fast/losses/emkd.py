@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from medkd_fast import functional
 from medkd_fast.losses import common
 from medkd_fast.losses.attention import attention_difference
+from medkd_fast.ops.common import check_power
 
 
 class EMKDLoss(common.DistillationLoss):
@@ -61,6 +62,7 @@ class EMKDLoss(common.DistillationLoss):
     ) -> None:
         super().__init__()
         common.check_classes(num_classes, at_least=2)
+        check_power("p", p)
         self.num_classes = num_classes
         self.prediction_weight = prediction_weight
         self.importance_weight = importance_weight

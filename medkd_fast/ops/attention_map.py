@@ -36,8 +36,7 @@ def attention_map(x: torch.Tensor, *, power: float = 2.0, mask: torch.Tensor | N
     tensor([[[1., 0.]]])
     """
     common.check_features("x", x)
-    if not 1 <= power < float("inf"):
-        raise ValueError(f"power: got {power}, want a finite number of at least 1")
+    common.check_power("power", power)
     mask = pixel_mask(mask, x)
     backend = choose("attention_map", x.device.type)
     if backend == "reference":

@@ -55,6 +55,11 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: got {temperature}, want a number above 0")
 
 
+def check_power(name: str, power: float) -> None:
+    if not 1 <= power < float("inf"):
+        raise ValueError(f"{name}: got {power}, want a finite number of at least 1")
+
+
 def per_pixel(name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`x` of shape [B, *S] or [B, 1, *S] as contiguous [B, *S], for `like` of shape [B, C, *S]."""
     if not isinstance(x, torch.Tensor):
