@@ -46,17 +46,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     rows = [b.extra_info for b in measured.benchmarks if b.extra_info] if measured else []
     if not rows or LIMITS not in session.config.stash:
         return
+    commit = _commit()  # before the first result changes the tree
     for group in sorted({row["group"] for row in rows}):
-        _write(session, group, [row for row in rows if row["group"] == group])
+        _write(session, commit, group, [row for row in rows if row["group"] == group])
 
 
-def _write(session: pytest.Session, group: str, rows: list[dict[str, Any]]) -> None:
+def _write(session: pytest.Session, commit: str, group: str, rows: list[dict[str, Any]]) -> None:
     from report import plot, table
 
     result: dict[str, Any] = {
         "machine": machine.name(),
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit,
         "versions": {
             "medkd_fast": medkd_fast.__version__,
             "torch": torch.__version__,
