@@ -83,7 +83,7 @@ fuzz: .venv/test-$(KEY)
 # which is slow and not ours, and a measurement of memory, which the sanitizer has its own of. Its report is lost when pytest
 # captures the descriptors.
 OPERATOR_TESTS = $(wildcard $(patsubst medkd_fast/reference/%.py,tests/test_%.py,$(wildcard medkd_fast/reference/*.py)))
-OPERATOR_TESTS += tests/test_pixel_loss.py tests/test_fuzz.py tests/test_threads.py
+OPERATOR_TESTS += $(addprefix tests/test_,pixel_loss.py relation.py by_class.py pools.py) tests/test_fuzz.py tests/test_threads.py
 sanitize: .venv/test-$(KEY)
 	MEDKD_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
