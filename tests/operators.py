@@ -85,6 +85,21 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
+#: Of max_pool and average_pool: shapes and windows.
+POOLS = [
+    ((2, 5, 8, 16), 2),
+    ((2, 3, 9, 11), 2),
+    ((1, 3, 4, 5, 6), 2),
+    ((1, 2, 5, 7, 8), (2, 1, 3)),
+    ((1, 3, 9, 16), (3, 2)),
+    ((1, 2, 6, 10), (2, 1)),
+    ((2, 4, 31), 4),
+    ((1, 3, 11, 13), (4, 5)),
+    ((1, 2, 20, 37), (9, 30)),  # more pixels than a GPU's thread takes; added up in double
+    ((1, 10, 7, 9), 2),
+    ((3, 2, 1, 1), 1),
+    ((1, 2, 700), 300),
+]
 #: Of labels; the operators' default.
 IGNORED = -100
 

@@ -14,27 +14,18 @@ constexpr int64_t small_window = 64;  // pixels; larger ones are added up in dou
 template <typename T>
 using PoolArithmetic = std::conditional_t<sizeof(T) == 8, double, float>;
 
-// Pixels of a window along x that are there.
-MEDKD_INLINE int64_t window_width(const Pool& pool, int64_t window) {
-  const int64_t left = pool.size[2] - window * pool.window[2];
-  return left < pool.window[2] ? left : pool.window[2];
-}
-
 // The pixels that count in each window of images [B, N]; all of them without a mask.
 inline void average_pool_number(const Pool& pool, int64_t begin, int64_t end) {
   over_parts(pool, 1, begin, end, [&](const PoolPart& part, int64_t image, int64_t, int64_t window) {
     int32_t* number = pool.number + image * pool.windows + window;
     for (int64_t o = 0; o < part.count; ++o) {
-      const int64_t width = window_width(pool, part.first + o);
       if (pool.mask == nullptr) {
-        number[o] = static_cast<int32_t>(part.depth * part.height * width);
+        number[o] = static_cast<int32_t>(part.depth * part.height * window_width(pool, part.first + o));
         continue;
       }
       number[o] = 0;
-      const uint8_t* mask = pool.mask + image * pool.pixels + (part.first + o) * pool.window[2];
-      over_lines(pool, part, [&](int64_t line, int64_t) {
-        for (int64_t j = 0; j < width; ++j) number[o] += mask[line + j] != 0 ? 1 : 0;
-      });
+      const uint8_t* mask = pool.mask + image * pool.pixels;
+      over_window(pool, part, part.first + o, [&](int64_t pixel, int64_t) { number[o] += mask[pixel] != 0 ? 1 : 0; });
     }
   });
 }

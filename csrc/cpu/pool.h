@@ -34,11 +34,16 @@ MEDKD_INLINE void over_lines(const Pool& pool, const PoolPart& part, const Visit
   }
 }
 
+// Pixels of a window along x that are there.
+MEDKD_INLINE int64_t window_width(const Pool& pool, int64_t window) {
+  const int64_t left = pool.size[2] - window * pool.window[2];
+  return left < pool.window[2] ? left : pool.window[2];
+}
+
 // Visits the pixels of a window in their order: visit(pixel, its place).
 template <typename Visit>
 MEDKD_INLINE void over_window(const Pool& pool, const PoolPart& part, int64_t window, const Visit& visit) {
-  const int64_t x = window * pool.window[2];
-  const int64_t width = pool.size[2] - x < pool.window[2] ? pool.size[2] - x : pool.window[2];
+  const int64_t x = window * pool.window[2], width = window_width(pool, window);
   over_lines(pool, part, [&](int64_t line, int64_t at) {
     for (int64_t j = 0; j < width; ++j) visit(line + x + j, at + j);
   });
