@@ -155,30 +155,55 @@ MEDKD_INLINE void take_vector(Vector<A> x, PoolLane<A> number, Vector<A>& value,
   place = larger ? Places{} + number : place;
 }
 
+// As many windows of two pixels along x as there are lanes. visit_lines(visit) calls visit(pixels of a line, the first one's place).
+template <typename A, typename Lines>
+MEDKD_INLINE void pool_vector(const Lines& visit_lines, A* value, int16_t* place) {
+  constexpr int64_t lanes = vector_lanes<A>;
+  typedef PoolLane<A> Places __attribute__((vector_size(vector_bytes)));
+  typedef int16_t Narrow __attribute__((vector_size(2 * lanes)));
+  Vector<A> best{};
+  Places at{};
+  visit_lines([&](const A* from, int64_t number) {
+    const Vector<A> a = load_loose(from), b = load_loose(from + lanes);
+    const Vector<A> even = pick<A, 0, 2>(a, b), odd = pick<A, 1, 2>(a, b);
+    if (number == 0)
+      best = even;
+    else
+      take_vector<A>(even, static_cast<PoolLane<A>>(number), best, at);
+    take_vector<A>(odd, static_cast<PoolLane<A>>(number + 1), best, at);
+  });
+  store_loose<A>(best, value);
+  const Narrow narrow = __builtin_convertvector(at, Narrow);
+  __builtin_memcpy(place, &narrow, sizeof narrow);
+}
+
 // Windows of two pixels along x that lie side by side and all count, at least as many as there are lanes: in registers.
 template <typename A>
 inline void pool_pairs(const Pool& pool, const PoolPart& part, int64_t whole, const A* plane, A* value, int16_t* place) {
   constexpr int64_t lanes = vector_lanes<A>;
-  typedef PoolLane<A> Places __attribute__((vector_size(vector_bytes)));
-  typedef int16_t Narrow __attribute__((vector_size(2 * lanes)));
-  const int64_t begin = 2 * part.first;
+  const int64_t begin = 2 * part.first, length = pool.size[2];
+  const A* first = plane + (part.z * pool.size[1] + part.y) * length + begin;
   for (int64_t next = 0; next < whole; next += lanes) {
     const int64_t o = next < whole - lanes ? next : whole - lanes;  // some of the last ones once more
-    Vector<A> best{};
-    Places at{};
-    over_lines(pool, part, [&](int64_t line, int64_t number) {
-      const A* from = plane + line + begin + 2 * o;
-      const Vector<A> a = load_loose(from), b = load_loose(from + lanes);
-      const Vector<A> even = pick<A, 0, 2>(a, b), odd = pick<A, 1, 2>(a, b);
-      if (number == 0)
-        best = even;
-      else
-        take_vector<A>(even, static_cast<PoolLane<A>>(number), best, at);
-      take_vector<A>(odd, static_cast<PoolLane<A>>(number + 1), best, at);
-    });
-    store_loose<A>(best, value + o);
-    const Narrow narrow = __builtin_convertvector(at, Narrow);
-    __builtin_memcpy(place + o, &narrow, sizeof narrow);
+    if (part.height == 2)  // the two lines are written out
+      pool_vector<A>(
+          [&](const auto& visit) {
+            const A* from = first + 2 * o;
+            visit(from, 0);
+            visit(from + length, 2);
+            for (int64_t z = 1; z < part.depth; ++z) {
+              from += pool.size[1] * length;
+              visit(from, 2 * z * pool.window[1]);
+              visit(from + length, 2 * z * pool.window[1] + 2);
+            }
+          },
+          value + o, place + o);
+    else
+      pool_vector<A>(
+          [&](const auto& visit) {
+            over_lines(pool, part, [&](int64_t line, int64_t number) { visit(plane + line + begin + 2 * o, number); });
+          },
+          value + o, place + o);
   }
   if (whole < part.count) {  // the last one is cut off
     PoolLane<A> at = 0;
@@ -254,12 +279,36 @@ inline void pool_channels_inside(const Pool& pool, const PoolPart& part, int64_t
   }
 }
 
+// As many windows of two pixels as there are lanes; the first pixel of each has place `first`.
+template <typename A>
+MEDKD_INLINE void spread_vector(const A* upstream, const int16_t* place, int16_t first, A* to) {
+  typedef PoolLane<A> Places __attribute__((vector_size(vector_bytes)));
+  typedef int16_t Narrow __attribute__((vector_size(2 * vector_lanes<A>)));
+  Narrow narrow;
+  __builtin_memcpy(&narrow, place, sizeof narrow);
+  const Places number = __builtin_convertvector(narrow, Places) - PoolLane<A>(first);
+  const Vector<A> v = load_loose(upstream), zero{};
+  const Vector<A> even = number == PoolLane<A>(0) ? v : zero, odd = number == PoolLane<A>(1) ? v : zero;
+  store_loose<A>(zip<A, 0>(even, odd), to);
+  store_loose<A>(zip<A, vector_lanes<A> / 2>(even, odd), to + vector_lanes<A>);
+}
+
 // The gradient of one line of `length` windows of `step` pixels along x; the first of each has place `first`.
 template <typename T, int step>
 inline void spread_line(const PoolValue<T>* __restrict upstream, const int16_t* __restrict place, int64_t length,
                         int16_t first, PoolValue<T>* __restrict to) {
   using Value = PoolValue<T>;
   using Lane = PoolLane<T>;
+  if constexpr (step == 2 && std::is_floating_point_v<T>) {
+    constexpr int64_t lanes = vector_lanes<T>;
+    if (length >= lanes) {
+      for (int64_t next = 0; next < length; next += lanes) {
+        const int64_t o = next < length - lanes ? next : length - lanes;  // some of the last ones once more
+        spread_vector<T>(upstream + o, place + o, first, to + 2 * o);
+      }
+      return;
+    }
+  }
   for (int64_t o = 0; o < length; ++o) {
     const Lane number = static_cast<Lane>(static_cast<Lane>(place[o]) - static_cast<Lane>(first));
     const Value v = upstream[o];
