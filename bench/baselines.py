@@ -185,6 +185,14 @@ def plain_class_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> to
     return (x.flatten(2) @ indicator).mT / indicator.sum(1).clamp(min=1).unsqueeze(2)
 
 
+def published_attention_and_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
+    return torch.cat([published_attention_map(x).flatten(1), published_class_means(x, target, classes).flatten(1)], 1)
+
+
+def plain_attention_and_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
+    return torch.cat([plain_attention_map(x).flatten(1), plain_class_means(x, target, classes).flatten(1)], 1)
+
+
 def published_class_similarity(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
     """For every class masks and centres as large as the features."""
     dims = tuple(range(2, x.dim()))

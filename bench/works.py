@@ -173,13 +173,15 @@ def attention(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.d
 def by_class(
     operator: str, shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32
 ) -> Work:
-    """class_means or class_similarity. Labels as coherent as organs are: nine bands of rows."""
+    """class_means, class_similarity or attention_and_means. Labels as coherent as organs are: nine bands of rows."""
     x, _, target = _inputs(shape, None, layout, dtype)
     rows = torch.arange(shape[2], device=x.device) * CLASSES // shape[2]
     target.copy_(rows.view(1, -1, *[1] * (len(shape) - 3)))
 
     def fused_result(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
         result = getattr(medkd_fast, operator)(x, target, num_classes=classes)
+        if operator == "attention_and_means":
+            return torch.cat([result.map.flatten(1), result.means.flatten(1)], 1)
         return result.means if operator == "class_means" else result
 
     weight = torch.randn_like(fused_result(x.detach(), target, CLASSES))
@@ -192,8 +194,8 @@ def by_class(
     for kind in ("published", "plain"):
         work.variants[kind] = weighted(getattr(baselines, f"{kind}_{operator}")), args
     work.input_bytes = work.student_bytes + 8 * target.numel()
-    # read and the gradient written; or read for the prototypes, the cosines and twice in the backward
-    work.bytes = (2 if operator == "class_means" else 5) * work.student_bytes
+    # read and the gradient written; for a gradient of the features themselves read again; for similarities twice, either way
+    work.bytes = {"class_means": 2, "attention_and_means": 3, "class_similarity": 5}[operator] * work.student_bytes
     if (layout, dtype) != ("contiguous", torch.float32):
         work.ordinary = by_class(operator, shape)
     return work
@@ -289,7 +291,7 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
     "attention_map_3d": lambda: attention((1, 32, 48, 48, 48)),
     **{
         f"{name}{suffix}": partial(by_class, name, shape, **settings)
-        for name in ("class_means", "class_similarity")
+        for name in ("class_means", "class_similarity", "attention_and_means")
         for suffix, shape, settings in FEATURES
     },
     **{
@@ -316,6 +318,8 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "standardised_mse_bf16": lambda: standardised((16, 64, 128, 128), dtype=BF16),
     "attention_map": lambda: attention((16, 64, 128, 128)),
     "attention_map_bf16": lambda: attention((16, 64, 128, 128), dtype=BF16),
+    "attention_and_means": lambda: by_class("attention_and_means", (16, 64, 128, 128)),
+    "attention_and_means_bf16": lambda: by_class("attention_and_means", (16, 64, 128, 128), dtype=BF16),
     "class_means": lambda: by_class("class_means", (16, 64, 128, 128)),
     "class_means_bf16": lambda: by_class("class_means", (16, 64, 128, 128), dtype=BF16),
     "class_similarity": lambda: by_class("class_similarity", (16, 64, 128, 128)),

@@ -77,6 +77,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) {
   m.def(
       "class_means_backward_" MEDKD_BACKEND "(Tensor x, Tensor target, Tensor counts, Tensor upstream, int ignore_index) "
       "-> Tensor gradient");
+  // What attention_map and class_means return, and the gradient of both.
+  m.def(
+      "attention_and_means_" MEDKD_BACKEND "(Tensor x, Tensor target, int num_classes, float power, int ignore_index) "
+      "-> (Tensor map, Tensor norms, Tensor means, Tensor counts)");
+  m.def(
+      "attention_and_means_backward_" MEDKD_BACKEND "(Tensor x, Tensor target, Tensor map, Tensor norms, Tensor counts, "
+      "Tensor of_map, Tensor of_means, float power, int ignore_index) -> Tensor gradient");
   // Outputs: the map [B, *S]; prototypes [B, K, C], numbers of pixels [B, K] and 1 / max(norm, 1e-8) of every pixel [B, *S].
   m.def(
       "class_similarity_" MEDKD_BACKEND "(Tensor x, Tensor target, int num_classes, int ignore_index) "

@@ -5,11 +5,13 @@ from importlib.metadata import PackageNotFoundError, version
 from medkd_fast.backend import set_backend, use_backend
 from medkd_fast.distiller import Distiller, Term
 from medkd_fast.functional import (
+    AttentionAndMeans,
     AveragePool,
     ClassMeans,
     ClassPearson,
     DecoupledKL,
     MaxPool,
+    attention_and_means,
     attention_map,
     average_pool,
     channel_gram,
@@ -32,6 +34,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AttentionAndMeans",
     "AveragePool",
     "ClassMeans",
     "ClassPearson",
@@ -39,6 +42,7 @@ __all__ = [
     "Distiller",
     "MaxPool",
     "Term",
+    "attention_and_means",
     "attention_map",
     "average_pool",
     "channel_gram",

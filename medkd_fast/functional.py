@@ -1,5 +1,6 @@
 """The public functions. Each runs through the fused backend that `medkd_fast.backend` chooses for its tensors."""
 
+from medkd_fast.ops.attention_and_means import AttentionAndMeans, attention_and_means
 from medkd_fast.ops.attention_map import attention_map
 from medkd_fast.ops.average_pool import AveragePool, average_pool
 from medkd_fast.ops.channel_gram import channel_gram
@@ -16,11 +17,13 @@ from medkd_fast.ops.spatial_kl import spatial_kl
 from medkd_fast.ops.standardised_mse import standardised_mse
 
 __all__ = [
+    "AttentionAndMeans",
     "AveragePool",
     "ClassMeans",
     "ClassPearson",
     "DecoupledKL",
     "MaxPool",
+    "attention_and_means",
     "attention_map",
     "average_pool",
     "channel_gram",

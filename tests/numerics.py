@@ -175,7 +175,10 @@ def by_class(operator: str) -> Setting:
     def of(x: torch.Tensor) -> torch.Tensor:
         target = (torch.arange(x.shape[2]) * 4 // x.shape[2]).view(1, -1, 1).expand(x.shape[0], *x.shape[2:])
         result = getattr(medkd_fast, operator)(x, target, num_classes=4)
-        return (result.means if operator == "class_means" else result).double()
+        if operator == "class_similarity":
+            return result.double()
+        found = [result.means] if operator == "class_means" else [result.map, result.means]
+        return torch.cat([x.double().flatten(1) for x in found], 1)
 
     def loss(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return (of(student) - of(teacher.double())).square().mean()
@@ -239,6 +242,7 @@ SETTINGS = {
         Setting("class_pearson", class_pearson, by_definition(class_pearson), partial(draw_logits, None)),
         Setting("standardised_mse", standardised_mse, plain_standardised_mse, partial(draw_features, "channels")),
         Setting("attention_map", attention_map, by_definition(attention_map), partial(draw_features, "pixels")),
+        by_class("attention_and_means"),
         by_class("class_means"),
         by_class("class_similarity"),
         Setting("average_pool", average_pool, by_definition(average_pool), partial(draw_features, "pixels")),
@@ -339,7 +343,7 @@ Written by `make numerics` (`tests/numerics.py`); the tests assert the limits. E
 definition in fp64 on the same, already rounded inputs: first of the fused CPU backend, then of the best plain PyTorch in
 fp32 (for half inputs: cast up first). Value: relative, of the loss with reduction "mean". Gradient: relative L2. Root mean
 square over {DRAWS} draws; maps of 24×32 (logits) and 18×20 (features). `nan`: plain PyTorch has no finite gradient there.
-The results of `channel_gram`, `pixel_affinity`, `attention_map`, `class_means`, `class_similarity` and `average_pool` are measured through
+The results of `channel_gram`, `pixel_affinity`, `attention_map`, `attention_and_means`, `class_means`, `class_similarity` and `average_pool` are measured through
 their mean squared difference from the teacher's.
 
 Limits, in fp32: generic 1e-5; converged 1e-6 (value) and 2e-3 (gradient); rotated 1e-3; elsewhere, and for every

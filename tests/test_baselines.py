@@ -77,13 +77,15 @@ def test_attention_map(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["published", "plain"])
-@pytest.mark.parametrize("name", ["class_means", "class_similarity"])
+@pytest.mark.parametrize("name", ["class_means", "class_similarity", "attention_and_means"])
 @pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 3, 4, 5, 6)], ids=str)
 def test_by_class(kind: str, name: str, shape: tuple[int, ...]) -> None:
     x, target = torch.randn(shape, dtype=torch.float64), torch.randint(0, 4, (shape[0], *shape[2:]))
 
     def fused(x: torch.Tensor) -> torch.Tensor:
         result = getattr(medkd_fast, name)(x, target, num_classes=4)
+        if name == "attention_and_means":
+            return torch.cat([result.map.flatten(1), result.means.flatten(1)], 1)
         return result.means if name == "class_means" else result
 
     upstream = torch.randn(fused(x).shape)

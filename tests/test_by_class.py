@@ -1,4 +1,4 @@
-"""What holds for class_means and for class_similarity: layouts, labels, threads, compilers, bad arguments."""
+"""What holds for class_means, class_similarity and attention_and_means: layouts, labels, threads, compilers, bad arguments."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import medkd_fast
 
 
 class ByClass:
-    """One of the two: its result for a class, or for a pixel."""
+    """One of them: its result for a class, or for a pixel."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
         result = getattr(medkd_fast, self.name)(x, target, num_classes=classes)
-        return result.means if self.name == "class_means" else result
+        return result if self.name == "class_similarity" else result.means
 
     def shape(self, x: tuple[int, ...], classes: int) -> tuple[int, ...]:
-        return (x[0], classes, x[1]) if self.name == "class_means" else (x[0], *x[2:])
+        return (x[0], *x[2:]) if self.name == "class_similarity" else (x[0], classes, x[1])
 
 
-@pytest.fixture(params=["class_means", "class_similarity"])
+@pytest.fixture(params=["class_means", "class_similarity", "attention_and_means"])
 def by_class(request: pytest.FixtureRequest) -> ByClass:
     return ByClass(request.param)
 

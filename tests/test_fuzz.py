@@ -166,6 +166,8 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
         return medkd_fast.attention_map(x, mask=drawn.mask, **call.settings)
     if call.operator in BY_CLASS:
         result = getattr(medkd_fast, call.operator)(x, drawn.target, ignore_index=100, **call.settings)
+        if call.operator == "attention_and_means":
+            return torch.cat([result.map.flatten(1), result.means.flatten(1)], 1)
         return result.means if call.operator == "class_means" else result
     if call.operator in POOLS:
         return getattr(medkd_fast, call.operator)(x, mask=drawn.mask, **call.settings).pooled
@@ -366,14 +368,19 @@ def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Boun
     return Bounds(e_q / unit, gradient / unit, undefined.unsqueeze(1))
 
 
-def class_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
-    classes, undefined = call.settings["num_classes"], torch.zeros(drawn.student.shape, dtype=torch.bool)
-    x = torch.where(drawn.keep.unsqueeze(1), drawn.student.double(), 0).flatten(2)
+def indicator(call: Call, drawn: Tensors) -> torch.Tensor:
+    """[B, N, K]: which pixel is of which class."""
     label = torch.where(drawn.keep, drawn.target.long(), 0).flatten(1)
-    own = F.one_hot(label, classes).double() * drawn.keep.flatten(1).unsqueeze(2)  # [B, N, K]
+    return F.one_hot(label, call.settings["num_classes"]).double() * drawn.keep.flatten(1).unsqueeze(2)
+
+
+def class_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    undefined = torch.zeros(drawn.student.shape, dtype=torch.bool)
+    x = torch.where(drawn.keep.unsqueeze(1), drawn.student.double(), 0).flatten(2)
+    own = indicator(call, drawn)
     number = own.sum(1)
     magnitude = (x.abs() @ own) / (number + 1e-6).unsqueeze(1)  # [B, C, K]
-    if call.operator == "class_means":
+    if call.operator != "class_similarity":
         return Bounds(2 * magnitude.mT, torch.zeros_like(x).view(drawn.student.shape), undefined)
     prototype = ((x @ own) / (number + 1e-6).unsqueeze(1)).norm(dim=1).clamp(min=1e-8)  # [B, K]
     condition = 1 + 2 * magnitude.norm(dim=1) / prototype
@@ -384,6 +391,17 @@ def class_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
     gradient = 2 * each * (direct + (own @ through.unsqueeze(2)).squeeze(2))
     gradient = gradient.view(call.images, 1, *call.size).expand(drawn.student.shape)
     return Bounds(each.view(call.images, *call.size), gradient, undefined)
+
+
+def attention_and_means_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    pixels = math.prod(call.size)
+    attention = attention_bounds(call, drawn, upstream[:, :pixels].view(drawn.keep.shape))
+    means = class_bounds(call, drawn, upstream)
+    own = indicator(call, drawn)
+    share = upstream[:, pixels:].double().abs().view(call.images, own.shape[2], call.channels)
+    share = (own @ (share / own.sum(1).clamp(min=1).unsqueeze(2))).mT.reshape(drawn.student.shape)
+    value = torch.cat([attention.value.flatten(1), means.value.flatten(1)], 1)
+    return Bounds(value, attention.gradient + 2 * share, attention.undefined)
 
 
 def average_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
@@ -470,6 +488,7 @@ BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
     "class_pearson": pearson_bounds,
     "standardised_mse": standardised_bounds,
     "attention_map": attention_bounds,
+    "attention_and_means": attention_and_means_bounds,
     "class_means": class_bounds,
     "class_similarity": class_bounds,
     "average_pool": average_bounds,
@@ -623,17 +642,20 @@ def standardised_calls(draw: st.DrawFn) -> Call:
     return Call(**drawn | {"reduction": "mean"}, settings={}, zero_rows=draw(st.integers(0, 3)) == 0)
 
 
+POWERS = [2.0, 1.0, 2.0, 4.0, 3.0, 1.5]
+
+
 @st.composite
 def attention_calls(draw: st.DrawFn) -> Call:
     drawn = {name: draw(strategy) for name, strategy in common("attention_map", (700, 32, 11)).items()}
     drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
     if draw(st.integers(0, 9)) == 0:
         drawn["channels"] = 1
-    settings = {"power": draw(st.sampled_from([2.0, 1.0, 2.0, 4.0, 3.0, 1.5]))}
+    settings = {"power": draw(st.sampled_from(POWERS))}
     return Call(**drawn, settings=settings, zero_rows=draw(st.integers(0, 3)) == 0)
 
 
-BY_CLASS = ("class_means", "class_similarity")
+BY_CLASS = ("class_means", "class_similarity", "attention_and_means")
 POOLS = ("max_pool", "average_pool")
 
 
@@ -641,9 +663,12 @@ POOLS = ("max_pool", "average_pool")
 def class_calls(draw: st.DrawFn, operator: str) -> Call:
     drawn = {name: draw(strategy) for name, strategy in common(operator, (700, 32, 11)).items()}
     drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
+    settings: dict[str, Any] = {"num_classes": draw(st.sampled_from([1, 2, 5, 19, 40]))}
+    if operator == "attention_and_means":
+        settings["power"] = draw(st.sampled_from(POWERS))
     return Call(
         **drawn,
-        settings={"num_classes": draw(st.sampled_from([1, 2, 5, 19, 40]))},
+        settings=settings,
         label_dtype=draw(st.sampled_from(LABELS)),
         coherent=draw(st.booleans()),
     )

@@ -73,11 +73,37 @@ struct ClassCall {
     });
   }
 
+  // What by_class is to do with the sums of a class: means [B, K, C] and numbers of pixels [B, K].
+  template <typename A>
+  auto means_into(const Tensor& means, const Tensor& counts) const {
+    A* mean = static_cast<A*>(means.data_ptr());
+    int64_t* count = static_cast<int64_t*>(counts.data_ptr());
+    return [this, mean, count](int64_t k, const double* sums) {
+      const double number = sums[columns];
+      for (int64_t c = 0; c < channels; ++c) mean[k * channels + c] = static_cast<A>(sums[c] / std::max(number, 1.0));
+      count[k] = static_cast<int64_t>(number);
+    };
+  }
+
   // Of every image a table of zeros, and where the row of class k, counted over the images, begins.
   template <typename A>
   std::vector<A> tables() const {
     return std::vector<A>(static_cast<std::size_t>(images * (1 + classes) * ld));
   }
+
+  // Tables of what arrives for a mean, [B, K, C], over the number of its pixels.
+  template <typename A>
+  std::vector<A> shares(const Tensor& counts, const Tensor& upstream) const {
+    const Tensor dense = torch::stable::contiguous(upstream);
+    const A* v = static_cast<const A*>(dense.data_ptr());
+    const int64_t* number = static_cast<const int64_t*>(counts.data_ptr());
+    auto table = tables<A>();
+    for (int64_t k = 0; k < images * classes; ++k)
+      for (int64_t c = 0; c < channels; ++c)
+        table[row(k) + c] = v[k * channels + c] / static_cast<A>(std::max<int64_t>(number[k], 1));
+    return table;
+  }
+
   int64_t row(int64_t k) const { return (k + k / classes + 1) * ld; }
   int64_t table(int64_t image) const { return row(image * classes); }
 };

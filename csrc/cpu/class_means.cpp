@@ -11,12 +11,7 @@ static std::tuple<Tensor, Tensor> forward(const ClassCall& call, const Tensor& x
       [&](const PixelRange& range, double* sums, PixelSums& bad) {
         loops<A>().class_means.sums(call.features, range, sums, bad);
       },
-      [&](int64_t k, const double* sums) {
-        const double number = sums[call.columns];
-        A* mean = static_cast<A*>(means.data_ptr()) + k * call.channels;
-        for (int64_t c = 0; c < call.channels; ++c) mean[c] = static_cast<A>(sums[c] / std::max(number, 1.0));
-        static_cast<int64_t*>(counts.data_ptr())[k] = static_cast<int64_t>(number);
-      });
+      call.means_into<A>(means, counts));
   return {means, counts};
 }
 
@@ -30,13 +25,7 @@ static std::tuple<Tensor, Tensor> class_means(
 
 template <typename A>
 static void backward(const ClassCall& call, const Tensor& counts, const Tensor& upstream) {
-  const Tensor dense = torch::stable::contiguous(upstream);
-  const A* v = static_cast<const A*>(dense.data_ptr());
-  const int64_t* number = static_cast<const int64_t*>(counts.data_ptr());
-  auto table = call.tables<A>();
-  for (int64_t k = 0; k < call.images * call.classes; ++k)
-    for (int64_t c = 0; c < call.channels; ++c)
-      table[call.row(k) + c] = v[k * call.channels + c] / static_cast<A>(std::max<int64_t>(number[k], 1));
+  const auto table = call.shares<A>(counts, upstream);
   call.over_parts([&](const PixelRange& range, int64_t) {
     loops<A>().class_means.gradient(call.features, range, table.data() + call.table(range.image));
   });

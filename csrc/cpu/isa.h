@@ -236,6 +236,15 @@ struct AttentionLoops {
   void (*gradient)(const Attention&, const PixelRange&, const A* map, const A* upstream, double norm, double product);
 };
 
+// attention_and_means: of class_means' features, in their terms.
+template <typename A>
+struct AttentionMeansLoops {
+  void (*sums)(const ClassFeatures&, double power, const PixelRange&, A* energies, double* squares, double* sums,
+               PixelSums& bad);
+  void (*gradient)(const ClassFeatures&, double power, const PixelRange&, const A* map, const A* upstream, double norm,
+                   double product, const A* table);
+};
+
 // max_pool and average_pool. Sizes are along z, y and x; 1 along an axis that is not there.
 struct Pool {
   Planes x;               // [B, C, N]; its gradient in the backward
@@ -274,6 +283,7 @@ struct Loops {
   ClassMeansLoops<A> class_means;
   ClassSimilarityLoops<A> class_similarity;
   AttentionLoops<A> attention_map;
+  AttentionMeansLoops<A> attention_and_means;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

@@ -1,5 +1,6 @@
-// attention_map: energies in one pass over the features, their norm, the gradient in one more pass.
-// Derivation: medkd_fast/reference/attention_map.py.
+// attention_map: energies in one pass over the features, their norm, the gradient in one more pass. attention_and_means: that,
+// with what arrives for a pixel by its class added in the same pass.
+// Derivations: medkd_fast/reference/attention_map.py, class_means.py.
 //
 // Where a channel's pixels lie side by side a warp takes neighbouring packs of pixels, and the warps of a block share the
 // channels out. Where channels lie side by side neighbouring threads take neighbouring channels of several pixels. A block
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "class_map.h"
 #include "pixel_norms.h"
 #include "pixels.h"
 #include "planes.h"
@@ -259,17 +261,59 @@ struct ImageGradient {
   }
 };
 
+// What the gradient of attention_map gets besides.
+struct Nothing {
+  template <int pixels>
+  struct OfPixels {
+    __device__ __forceinline__ OfPixels(const Nothing&, const AttentionCall&, int64_t, int64_t, int, unsigned) {}
+    template <typename A>
+    __device__ __forceinline__ A plus(A value, int64_t, int) const {
+      return value;
+    }
+  };
+};
+
+// And that of attention_and_means: its class's vector, of shares [B, K, C].
+template <typename A>
+struct ByClass {
+  Labels labels;
+  const A* shares;
+
+  // Pixels first + k * step, where bit k of `counts` is set.
+  template <int pixels>
+  struct OfPixels {
+    const A* of_image;
+    int64_t channels;
+    int label[pixels];
+
+    __device__ __forceinline__ OfPixels(const ByClass& all, const AttentionCall& call, int64_t image, int64_t first, int step,
+                                        unsigned counts)
+        : of_image(all.shares + image * all.labels.classes * call.channels), channels(call.channels) {
+#pragma unroll
+      for (int k = 0; k < pixels; ++k)
+        label[k] = counts >> k & 1 ? all.labels.class_of(image * call.pixels + first + k * step) : nothing;
+    }
+
+    __device__ __forceinline__ A plus(A value, int64_t channel, int k) const {
+      if (label[k] < 0) return label[k] == nothing ? value : not_a_number<A>();
+      return value + of_image[label[k] * channels + channel];
+    }
+  };
+};
+
 constexpr std::size_t gradient_bytes = (attention_warps + 2) * sizeof(double);
 
-template <typename A>
+template <typename A, typename Besides>
 __global__ void __launch_bounds__(attention_threads, least_blocks)
-    gradient_of_packs_kernel(const AttentionCall call, const Arriving<A> arriving, const PackedPlanes gradient) {
+    gradient_of_packs_kernel(const AttentionCall call, const Arriving<A> arriving, const Besides besides,
+                             const PackedPlanes gradient) {
   const int64_t image = blockIdx.x / call.tiles;
   const int thread = static_cast<int>(threadIdx.x), packs = attention_threads / call.members;
   const int64_t pixel = blockIdx.x % call.tiles * call.tile + thread % packs * lanes<A>;
   const int count = pixels_in_pack<A>(pixel, call.pixels);
   const ImageGradient<A> of_image(call, arriving, image, shared_memory<double>());
   const unsigned counts = counted(call.mask == nullptr ? nullptr : call.mask + image * call.pixels, pixel, count);
+  const typename Besides::template OfPixels<lanes<A>> more(besides, call, image, pixel, 1, counts);
   A factor[lanes<A>] = {};
 #pragma unroll
   for (int k = 0; k < lanes<A>; ++k)
@@ -280,24 +324,30 @@ __global__ void __launch_bounds__(attention_threads, least_blocks)
     with_power<A>(call.power, [&](const auto& power) {
 #pragma unroll
       for (int i = 0; i < packs_at_once; ++i) {
+        const int64_t channel = c + i * call.members;
+        if (channel >= call.channels) break;
         Pack<A, lanes<A>> wide = widen_raw<A>(call.x.planes.type, raw[i]);
 #pragma unroll
-        for (int k = 0; k < lanes<A>; ++k)
-          wide.value[k] = counts >> k & 1 ? factor[k] * power.slope(of_image.scale * wide.value[k]) : A(0);
-        if (c + i * call.members < call.channels) put<A>(gradient, image, c + i * call.members, pixel, count, wide);
+        for (int k = 0; k < lanes<A>; ++k) {
+          const A value = counts >> k & 1 ? factor[k] * power.slope(of_image.scale * wide.value[k]) : A(0);
+          wide.value[k] = more.plus(value, channel, k);
+        }
+        put<A>(gradient, image, channel, pixel, count, wide);
       }
     });
   }
 }
 
-template <typename A>
+template <typename A, typename Besides>
 __global__ void __launch_bounds__(attention_threads, least_blocks)
-    gradient_of_pixels_kernel(const AttentionCall call, const Arriving<A> arriving, const Planes gradient) {
+    gradient_of_pixels_kernel(const AttentionCall call, const Arriving<A> arriving, const Besides besides,
+                              const Planes gradient) {
   const int64_t image = blockIdx.x / call.tiles;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t first = blockIdx.x % call.tiles * call.tile + thread / call.width;
   const ImageGradient<A> of_image(call, arriving, image, shared_memory<double>());
   const unsigned counts = counted_pixels(call, image, first, call.members);
+  const typename Besides::template OfPixels<pixels_at_once> more(besides, call, image, first, call.members, counts);
   A factor[pixels_at_once] = {};
 #pragma unroll
   for (int k = 0; k < pixels_at_once; ++k)
@@ -308,7 +358,7 @@ __global__ void __launch_bounds__(attention_threads, least_blocks)
     with_power<A>(call.power, [&](const auto& power) {
 #pragma unroll
       for (int k = 0; k < pixels_at_once; ++k)
-        x[k] = counts >> k & 1 ? factor[k] * power.slope(of_image.scale * x[k]) : A(0);
+        x[k] = more.plus(counts >> k & 1 ? factor[k] * power.slope(of_image.scale * x[k]) : A(0), c, k);
     });
     with_type<A>(gradient.type, [&](auto zero) {
       auto* to = static_cast<decltype(zero)*>(gradient.data) + offset_of(gradient, image, first) + c * gradient.stride_c;
@@ -317,6 +367,12 @@ __global__ void __launch_bounds__(attention_threads, least_blocks)
         if (first + k * call.members < call.pixels) narrow(x[k], to[k * call.members * gradient.stride_n]);
     });
   }
+}
+
+// mask = 1 where a pixel counts.
+__global__ void __launch_bounds__(attention_threads) mask_kernel(const Labels labels, int64_t pixels, uint8_t* mask) {
+  const int64_t i = blockIdx.x * int64_t{attention_threads} + threadIdx.x;
+  if (i < pixels) mask[i] = labels.class_of(i) != nothing;
 }
 
 template <typename A>
@@ -380,9 +436,9 @@ static std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<T
   return {map, norms};
 }
 
-template <typename A>
+template <typename A, typename Besides>
 static Tensor backward(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& map, const Tensor& norms,
-                       const Tensor& upstream, double power, cudaStream_t stream) {
+                       const Tensor& upstream, double power, const Besides& besides, cudaStream_t stream) {
   std::vector<Tensor> holder;
   holder.reserve(2);
   const AttentionCall call = attention_call<A>(x, mask, power, holder);
@@ -402,10 +458,11 @@ static Tensor backward(const Tensor& x, const std::optional<Tensor>& mask, const
   const Arriving<A> arriving{q, v, static_cast<const double*>(norms.data_ptr()), products, slots};
   const dim3 grid = blocks_of(call.images * call.tiles);
   if (call.width == 0)
-    launch<gradient_of_packs_kernel<A>>(grid, attention_threads, gradient_bytes, stream, call, arriving,
-                                        PackedPlanes(written, lanes<A>));
+    launch<gradient_of_packs_kernel<A, Besides>>(grid, attention_threads, gradient_bytes, stream, call, arriving, besides,
+                                                 PackedPlanes(written, lanes<A>));
   else
-    launch<gradient_of_pixels_kernel<A>>(grid, attention_threads, gradient_bytes, stream, call, arriving, written);
+    launch<gradient_of_pixels_kernel<A, Besides>>(grid, attention_threads, gradient_bytes, stream, call, arriving, besides,
+                                                  written);
   return gradient.finish();
 }
 
@@ -428,8 +485,61 @@ static Tensor attention_map_backward(
     double power) {
   const OnDevice device(x);
   return arithmetic_type(x, x) == ScalarType::Double
-             ? backward<double>(x, mask, map, norms, upstream, power, device.stream())
-             : backward<float>(x, mask, map, norms, upstream, power, device.stream());
+             ? backward<double>(x, mask, map, norms, upstream, power, Nothing{}, device.stream())
+             : backward<float>(x, mask, map, norms, upstream, power, Nothing{}, device.stream());
+}
+
+static Tensor mask_of(const Labels& labels, const Tensor& target, cudaStream_t stream) {
+  const std::vector<int64_t> size(target.sizes().begin(), target.sizes().end());
+  Tensor mask = new_like(target, size, ScalarType::Bool);
+  const int64_t pixels = target.numel();
+  if (pixels > 0)
+    launch<mask_kernel>(blocks_of(ceil_div(pixels, attention_threads)), attention_threads, 0, stream, labels, pixels,
+                        static_cast<uint8_t*>(mask.data_ptr()));
+  return mask;
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_and_means(
+    const Tensor& x,       // [B, C, *S]
+    const Tensor& target,  // [B, *S], contiguous
+    int64_t num_classes, double power, int64_t ignore_index) {
+  const OnDevice device(x);
+  const Tensor mask = mask_of(labels_of(target, num_classes, ignore_index), target, device.stream());
+  const auto [map, norms] = attention_map(x, mask, power);
+  const auto [means, counts] = class_means(x, target, num_classes, ignore_index);
+  return {map, norms, means, counts};
+}
+
+template <typename A>
+static Tensor backward_by_class(const Tensor& x, const Tensor& mask, const Labels& labels, const Tensor& map,
+                                const Tensor& norms, const Tensor& counts, const Tensor& of_map, const Tensor& of_means,
+                                double power, cudaStream_t stream) {
+  const Tensor dense = torch::stable::contiguous(of_means);
+  Room room;
+  A* shares = nullptr;
+  room.ask(shares, dense.numel());
+  room.take(x);
+  if (dense.numel() > 0)
+    share_out(static_cast<const A*>(dense.data_ptr()), static_cast<const int64_t*>(counts.data_ptr()), counts.numel(),
+              dense.size(2), shares, stream);
+  return backward<A>(x, mask, map, norms, of_map, power, ByClass<A>{labels, shares}, stream);
+}
+
+static Tensor attention_and_means_backward(
+    const Tensor& x,         // [B, C, *S]
+    const Tensor& target,    // [B, *S], contiguous
+    const Tensor& map,       // [B, *S], contiguous, in the type of the arithmetic
+    const Tensor& norms,     // [B], double, contiguous
+    const Tensor& counts,    // [B, K], int64, contiguous
+    const Tensor& of_map,    // [B, *S], in the type of the arithmetic
+    const Tensor& of_means,  // [B, K, C], in the type of the arithmetic
+    double power, int64_t ignore_index) {
+  const OnDevice device(x);
+  const Labels labels = labels_of(target, counts.size(1), ignore_index);
+  const Tensor mask = mask_of(labels, target, device.stream());
+  return arithmetic_type(x, x) == ScalarType::Double
+             ? backward_by_class<double>(x, mask, labels, map, norms, counts, of_map, of_means, power, device.stream())
+             : backward_by_class<float>(x, mask, labels, map, norms, counts, of_map, of_means, power, device.stream());
 }
 
 }  // namespace medkd
@@ -437,4 +547,6 @@ static Tensor attention_map_backward(
 MEDKD_IMPLEMENTS {
   m.impl("attention_map_cuda", TORCH_BOX(&medkd::attention_map));
   m.impl("attention_map_backward_cuda", TORCH_BOX(&medkd::attention_map_backward));
+  m.impl("attention_and_means_cuda", TORCH_BOX(&medkd::attention_and_means));
+  m.impl("attention_and_means_backward_cuda", TORCH_BOX(&medkd::attention_and_means_backward));
 }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "class_map.h"
 #include "pixels.h"
 #include "planes.h"
 #include "room.h"
@@ -21,7 +22,6 @@ constexpr int class_threads = 128, class_warps = class_threads / warp_size, tile
 constexpr int least_blocks = 4;
 constexpr int most_classes = 32;  // of a block's sums
 constexpr int64_t most_slots = 64, least_stretch = 1024;
-constexpr int nothing = -1, no_class = -2;  // pixels that do not count, and labels that are none
 // Behind the channels of a class's sums: the number of its pixels, and what else there is of each.
 constexpr int more_sums = 2;
 
@@ -29,38 +29,11 @@ template <typename A>
 constexpr int tile_pixels = tile_packs * lanes<A>;
 constexpr int tile_pitch = warp_size + 1;  // from a pixel's channels to the next one's
 
-struct ClassMap {
+struct ClassMap : Labels {
   PackedPlanes x, gradient;
-  const void* target;  // [B, N]
-  Type target_type;
-  int64_t ignore_index, images, classes, channels, pixels;
+  int64_t images, channels, pixels;
   int64_t stretch, slots;  // pixels of a slot, and slots of an image
-
-  __device__ __forceinline__ int64_t label_at(int64_t i) const {
-    switch (target_type) {
-      case Type::int64: return static_cast<const int64_t*>(target)[i];
-      case Type::int32: return static_cast<const int32_t*>(target)[i];
-      case Type::int16: return static_cast<const int16_t*>(target)[i];
-      case Type::int8: return static_cast<const int8_t*>(target)[i];
-      default: return static_cast<const uint8_t*>(target)[i];
-    }
-  }
-
-  // Of pixel i, counted over the images: its class, `nothing`, or `no_class`.
-  __device__ __forceinline__ int class_of(int64_t i) const {
-    const int64_t label = label_at(i);
-    if (label == ignore_index) return nothing;
-    return label >= 0 && label < classes ? static_cast<int>(label) : no_class;
-  }
 };
-
-// What a pixel's label means for where its class's vectors are: one that is none counts as class 0.
-__device__ __forceinline__ int64_t row_of(int label) { return label == no_class ? 0 : label; }
-
-template <typename A>
-__device__ __forceinline__ A not_a_number() {
-  return infinity<A>() - infinity<A>();
-}
 
 // Numbers of pixels; each [B, N]. `other` is added up by class beside the features, which are multiplied by `weight`.
 template <typename A>
@@ -195,13 +168,13 @@ __global__ void __launch_bounds__(class_threads)
   if (inverses != nullptr) inverses[blockIdx.x] = static_cast<A>(inverse_norm(square));
 }
 
-// rest = upstream over the number of pixels.
+// A block a class.
 template <typename A>
 __global__ void __launch_bounds__(class_threads)
-    shares_kernel(const ClassMap map, const int64_t* counts, const A* upstream, A* rest) {
-  const int64_t number = counts[blockIdx.x];
-  for (int64_t c = threadIdx.x; c < map.channels; c += class_threads)
-    rest[blockIdx.x * map.channels + c] = upstream[blockIdx.x * map.channels + c] / static_cast<A>(number > 1 ? number : 1);
+    shares_kernel(const A* upstream, const int64_t* counts, int64_t channels, A* shares) {
+  const int64_t number = counts[blockIdx.x], first = blockIdx.x * channels;
+  for (int64_t c = threadIdx.x; c < channels; c += class_threads)
+    shares[first + c] = upstream[first + c] / static_cast<A>(number > 1 ? number : 1);
 }
 
 // A block a class: what reaches its pixels through the prototype, and the inverse of its norm.
@@ -414,11 +387,8 @@ struct ClassCall {
       : device(x), stream(device.stream()), type(arithmetic_type(x, x)) {
     holder.reserve(2);
     map.x = PackedPlanes(planes_of(x, holder), width());
-    map.target = target.data_ptr();
-    map.target_type = type_of(target);
-    map.ignore_index = ignore_index;
+    static_cast<Labels&>(map) = labels_of(target, classes, ignore_index);
     map.images = x.size(0);
-    map.classes = classes;
     map.channels = x.size(1);
     map.pixels = pixels_of(x);
     const int64_t stretch = std::max({least_stretch, 16 * classes, ceil_div(map.pixels, most_slots)});
@@ -472,7 +442,14 @@ static void make_means(ClassCall& call, const Tensor& x, const Tensor& means, co
                                  static_cast<int64_t*>(counts.data_ptr()), inverses);
 }
 
-static std::tuple<Tensor, Tensor> class_means(
+template <typename A>
+void share_out(const A* upstream, const int64_t* counts, int64_t rows, int64_t channels, A* shares, cudaStream_t stream) {
+  launch<shares_kernel<A>>(blocks_of(rows), class_threads, 0, stream, upstream, counts, channels, shares);
+}
+template void share_out(const float*, const int64_t*, int64_t, int64_t, float*, cudaStream_t);
+template void share_out(const double*, const int64_t*, int64_t, int64_t, double*, cudaStream_t);
+
+std::tuple<Tensor, Tensor> class_means(
     const Tensor& x,       // [B, C, *S]
     const Tensor& target,  // [B, *S], contiguous
     int64_t num_classes, int64_t ignore_index) {
@@ -491,8 +468,8 @@ static void means_backward(ClassCall& call, const Tensor& x, const Tensor& count
   A* rest;
   call.room.ask(rest, call.map.images * call.map.classes * call.map.channels);
   call.room.take(x);
-  launch<shares_kernel<A>>(blocks_of(call.map.images * call.map.classes), class_threads, 0, call.stream, call.map,
-                           static_cast<const int64_t*>(counts.data_ptr()), static_cast<const A*>(upstream.data_ptr()), rest);
+  share_out(static_cast<const A*>(upstream.data_ptr()), static_cast<const int64_t*>(counts.data_ptr()),
+            call.map.images * call.map.classes, call.map.channels, rest, call.stream);
   call.combine<A>({nullptr, nullptr, rest, {}});
 }
 

@@ -1,6 +1,7 @@
 """Triton kernels: importing this registers them as torch.ops.medkd_fast.<operator>_triton."""
 
 from medkd_fast.kernels import (  # noqa: F401
+    attention_and_means,
     attention_map,
     average_pool,
     channel_gram,

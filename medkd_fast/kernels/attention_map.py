@@ -4,10 +4,13 @@ Derivation: medkd_fast/reference/attention_map.py. A program adds up tiles of ch
 squares, in fp64, in a slot of its own; whoever needs the norm of an image adds up the image's slots, in their order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from medkd_fast.kernels.class_sums import load_labels
 from medkd_fast.kernels.common import operator
 from medkd_fast.kernels.planes import gradient_like, planes_of
 from medkd_fast.reference.common import arithmetic
@@ -105,8 +108,10 @@ def products_kernel(map, upstream, slots, N, count, blocks, blocks_of_program, B
 @triton.jit
 def gradient_kernel(
     x, mask, map, norms, upstream, slots, gradient,
+    target, counts_of, of_means,  # [B, N], [B, K], [B, K, C]: what a pixel gets by its class besides, or None
     C, N, tiles, count, power: tl.float64, stride_b, stride_c, stride_n, stride_gb, stride_gc, stride_gn,
-    POWER: tl.constexpr, HAS_MASK: tl.constexpr, A: tl.constexpr,
+    K, ignore_index: tl.int64,
+    POWER: tl.constexpr, HAS_MASK: tl.constexpr, BY_CLASS: tl.constexpr, A: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     power = tl.full((), power, tl.float64)
@@ -128,12 +133,19 @@ def gradient_kernel(
     counts = m_n
     if HAS_MASK:
         counts = tl.load(mask + i_b * N + o_n, m_n, 0) != 0
+    if BY_CLASS:
+        label, outside = load_labels(target, i_b * N + o_n, m_n, K, ignore_index)
+        number = tl.load(counts_of + i_b * K + label, label >= 0, 1).to(A)
     for c in range(0, C, BLOCK_C):
         o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
         m_c = (o_c < C)[:, None]
         p_x = x + i_b * stride_b + o_c[:, None] * stride_c + o_n[None, :] * stride_n
         b_x = tl.load(p_x, m_c & counts[None, :], 0.0).to(A)
         v_x = tl.where(counts[None, :], factor * slope_of(scale * b_x, power, POWER), 0.0)
+        if BY_CLASS:
+            p_v = of_means + (i_b * K + label[None, :]) * C + o_c[:, None]
+            v_x += tl.load(p_v, (label >= 0)[None, :] & m_c, 0.0) / number[None, :]
+            v_x = tl.where(outside[None, :], float("nan"), v_x)
         p_g = gradient + i_b * stride_gb + o_c[:, None] * stride_gc + o_n[None, :] * stride_gn
         tl.store(p_g, v_x.to(gradient.dtype.element_ty), m_c & m_n[None, :])
 
@@ -182,14 +194,23 @@ def attention_map(
     return result, norms
 
 
-@operator()
-def attention_map_backward(
-    x: torch.Tensor,  # [B, C, *S]
-    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
-    map: torch.Tensor,  # [B, *S]
-    norms: torch.Tensor,  # [B], double
-    upstream: torch.Tensor,  # [B, *S]
+class ByClass(NamedTuple):
+    """What the features get besides, through the means of their classes."""
+
+    target: torch.Tensor  # [B, *S], contiguous
+    counts: torch.Tensor  # [B, K]
+    of_means: torch.Tensor  # [B, K, C], contiguous
+    ignore_index: int
+
+
+def gradient_of(
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    map: torch.Tensor,
+    norms: torch.Tensor,
+    upstream: torch.Tensor,
     power: float,
+    by_class: ByClass | None,
 ) -> torch.Tensor:
     B, C = x.shape[:2]
     N = x.shape[2:].numel()
@@ -204,11 +225,25 @@ def attention_map_backward(
         double = map.dtype == torch.float64
         blocks = blocks_of(C, strides[2] == 1, double)
         tiles = -(-N // blocks["BLOCK_N"])
+        target, counts, of_means, ignore_index = by_class or (None, None, None, 0)
         gradient_kernel[(B * tiles,)](
-            read, mask, map, norms, upstream, slots, written, C, N, tiles, count, power, *strides, *strides_g,
-            POWER=int(power) if power in (1, 2, 4) else 0, HAS_MASK=mask is not None,
+            read, mask, map, norms, upstream, slots, written, target, counts, of_means, C, N, tiles, count, power, *strides,
+            *strides_g, 0 if counts is None else counts.shape[1], ignore_index,
+            POWER=int(power) if power in (1, 2, 4) else 0, HAS_MASK=mask is not None, BY_CLASS=by_class is not None,
             A=tl.float64 if double else tl.float32, SLOTS=triton.next_power_of_2(count), **blocks,
         )  # fmt: skip
     if written is not gradient:
         gradient.copy_(written)
     return gradient
+
+
+@operator()
+def attention_map_backward(
+    x: torch.Tensor,  # [B, C, *S]
+    mask: torch.Tensor | None,  # [B, *S], boolean, contiguous
+    map: torch.Tensor,  # [B, *S]
+    norms: torch.Tensor,  # [B], double
+    upstream: torch.Tensor,  # [B, *S]
+    power: float,
+) -> torch.Tensor:
+    return gradient_of(x, mask, map, norms, upstream, power, None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 
 from medkd_fast import functional
 from medkd_fast.losses import common
-from medkd_fast.losses.attention import attention_difference
 from medkd_fast.ops.common import check_power
 
 
@@ -24,13 +22,12 @@ class EMKDLoss(common.DistillationLoss):
 
     Other codes: the authors' code knows two classes, where this equals it for images that have both; one with an absent class it
     counts as 0 in the mean over images (or divides by 0, where it is the first), here it leaves the mean. A student layer of
-    another size it interpolates to the teacher's; here the larger one is averaged for the importance maps, and region means are
-    taken at each network's own size.
+    another size it interpolates to the teacher's; here the larger one is averaged.
 
     Weight: 1, with the weights of the parts that are the defaults (the authors').
 
-    Cost: one pass over the logits, two over each layer, and their backward; memory: the gradients, maps of one channel and
-    classes × C numbers for a layer.
+    Cost: one pass over the logits and one over each layer (on a GPU two), and their backward; memory: the gradients, maps of one
+    channel and classes × C numbers for a layer.
 
     Args:
         num_classes: number of classes in the labels.
@@ -86,38 +83,32 @@ class EMKDLoss(common.DistillationLoss):
             parts["prediction"] = functional.class_kl(
                 student, teacher, temperature=self.temperature, target=target, ignore_index=self.ignore_index
             )
-        pairs = list(zip(student_features, teacher_features, strict=True))
-        if self.importance_weight:
-            parts["importance"] = reduce(torch.add, (self._importance(s, t, target) for s, t in pairs))
-        if self.region_weight:
-            parts["region"] = reduce(torch.add, (self._region(s, t, target) for s, t in pairs))
+        if self.importance_weight or self.region_weight:
+            for s, t in zip(student_features, teacher_features, strict=True):
+                for name, part in self._of_layer(s, t, target).items():
+                    parts[name] = parts[name] + part if name in parts else part
         self.parts = {name: part.detach() for name, part in parts.items()}
         return common.weighted_sum(student, {name: (getattr(self, f"{name}_weight"), x) for name, x in parts.items()})
 
-    def _importance(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _of_layer(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         student, teacher = common.to_common_size(student, teacher)
-        mask = common.counted(target, student, self.ignore_index)
-        return attention_difference(student, teacher, self.p, "sum", mask)
-
-    def _region(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        common.check_dims(student, teacher)
-        (means_s, there_s), (means_t, there_t) = self._regions(student, target), self._regions(teacher, target)
-        there = there_s & there_t
-        if (
-            student.shape[2:] != teacher.shape[2:]
-        ):  # a class that is absent in one network is 0 in both: no cosine differs
-            means_s, means_t = (torch.where(there.unsqueeze(2), means, 0) for means in (means_s, means_t))
-        # the classes are the channels of a relation; where one network has fewer features, zeros change no cosine
-        features = max(means_s.shape[2], means_t.shape[2])
-        means_s, means_t = (F.pad(means, (0, features - means.shape[2])) for means in (means_s, means_t))
-        squared = functional.channel_relation(means_s, means_t, reduction="none")  # the mean over classes x classes
-        number = there.sum(1)
-        pairs = number * (number - 1)
-        of_images = (squared / pairs.clamp(min=1)).sum() * self.num_classes**2
-        return of_images / (pairs > 0).sum().clamp(min=1)
-
-    def _regions(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean features [B, K, C] of the classes, and which are there."""
-        labels = common.resized_labels(target, x)
-        means, counts = functional.class_means(x, labels, num_classes=self.num_classes, ignore_index=self.ignore_index)
-        return means, counts > 0
+        labels = common.resized_labels(target, student)
+        (map_s, means_s, counts), (map_t, means_t, _) = (
+            functional.attention_and_means(
+                x, labels, num_classes=self.num_classes, power=self.p, ignore_index=self.ignore_index
+            )
+            for x in (student, teacher)
+        )
+        parts = {}
+        there = counts.count_nonzero(1).to(map_s.dtype)
+        if self.importance_weight:
+            parts["importance"] = common.squared_difference(map_s, map_t) / there.count_nonzero().clamp(min=1)
+        if self.region_weight:
+            missing = means_t.shape[2] - means_s.shape[2]
+            if missing:  # where one network has fewer features, zeros change no cosine
+                means_s, means_t = F.pad(means_s, (0, max(missing, 0))), F.pad(means_t, (0, max(-missing, 0)))
+            # the classes are the channels of a relation, and those of one that is absent are 0 in both networks
+            squared = functional.channel_relation(means_s, means_t, reduction="none")  # the mean over classes x classes
+            pairs = there * (there - 1)
+            parts["region"] = squared.dot(self.num_classes**2 / (pairs * pairs.count_nonzero()).clamp(min=1))
+        return parts

@@ -1,0 +1,72 @@
+// Runs the loops of attention_map and attention_and_means over maps.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "relation_driver.h"
+
+namespace medkd {
+
+// Maps [B, N], and the ranges of their pixels that are worked on one after the other: each has a slot for a sum.
+struct AttentionMaps {
+  int64_t images, pixels, block, blocks;  // pixels of a range, and ranges of an image
+
+  AttentionMaps(int64_t images, int64_t pixels, int64_t block)
+      : images(images), pixels(pixels), block(block), blocks(ceil_div(pixels, block)) {}
+
+  static constexpr int64_t map_operations = 4;  // a pixel of the map
+
+  // visit(range, number of the range), where a pixel costs about as much as that many multiply-adds
+  template <typename Visit>
+  void over_ranges(int64_t operations, const Visit& visit) const {
+    torch::stable::parallel_for(0, images * blocks, grain(std::min(block, pixels) * operations),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    const int64_t first = i % blocks * block;
+                                    visit(PixelRange{i / blocks, first, std::min(first + block, pixels)}, i);
+                                  }
+                                });
+  }
+
+  // Of every image the sum of its ranges, in their order.
+  void add_slots(const std::vector<double>& slots, double* of_images) const {
+    for (int64_t image = 0; image < images; ++image) {
+      double sum = 0;
+      for (int64_t i = image * blocks; i < (image + 1) * blocks; ++i) sum += slots[i];
+      of_images[image] = sum;
+    }
+  }
+
+  // Energies become maps, in place; squares: the sum of every range's.
+  template <typename A>
+  void normalise(A* values, const std::vector<double>& squares, double* norms) const {
+    add_slots(squares, norms);
+    std::transform(norms, norms + images, norms, [](double sum) { return std::sqrt(sum); });
+    over_ranges(map_operations, [&](const PixelRange& range, int64_t) {
+      const double norm = norms[range.image];
+      loops<A>().attention_map.normalise(values + range.image * pixels + range.begin, range.end - range.begin,
+                                         norm == 0 ? 0.0 : 1 / norm);
+    });
+  }
+
+  // Of every image the product of its map and of what arrives for it.
+  template <typename A>
+  std::vector<double> products(const A* map, const A* upstream) const {
+    auto of_ranges = slots<double>(images * blocks), of_images = slots<double>(images);
+    over_ranges(map_operations, [&](const PixelRange& range, int64_t i) {
+      const int64_t first = range.image * pixels + range.begin;
+      loops<A>().attention_map.product(map + first, upstream + first, range.end - range.begin, &of_ranges[i]);
+    });
+    add_slots(of_ranges, of_images.data());
+    return of_images;
+  }
+};
+
+inline std::vector<int64_t> map_size(const Tensor& x) {
+  std::vector<int64_t> size{x.size(0)};
+  for (int64_t d = 2; d < x.dim(); ++d) size.push_back(x.size(d));
+  return size;
+}
+
+}  // namespace medkd
