@@ -12,17 +12,41 @@ namespace MEDKD_ISA {
 template <typename A>
 inline void attention_and_class_sums(const ClassFeatures& features, double power, const PixelRange& range, A* energies,
                                      double* squares, double* sums, PixelSums& bad) {
-  *squares = 0;
+  const int64_t length = range.end - range.begin;
+  for (int64_t p = 0; p < length; ++p) energies[p] = A(0);
   sum_by_class<A>(features, range, sums, bad, [&](const ClassTile<A>& tile, int64_t first) {
     A* energy = energies + (first - range.begin);
-    for (int64_t p = 0; p < tile.length; ++p) energy[p] = A(0);
     // pixels that do not count are 0 in a tile
     with_power<A>(power, [&](const auto& of) { add_energies(of, tile.x, tile.ld, tile.channels, tile.length, energy); });
-    double square;
-    attention_product(energy, energy, tile.length, &square);
-    *squares += square;
   });
+  attention_product(energies, energies, length, squares);
 }
+
+// What a range's pixels get by their classes: table[label[p], c].
+template <typename A>
+struct AddedByClass {
+  static constexpr bool adds = true;
+  const A* table;
+  int64_t ld, length;
+  const int32_t* label;     // padded to `lanes`
+  const int32_t* of_block;  // of `lanes` pixels: their class, or several_classes
+  A* room;                  // of a channel
+
+  const A* pixel(int64_t p) const { return table + label[p] * ld; }
+  const A* channel(int64_t c) const {
+    const A* column = table + c;
+    for (int64_t p = 0; p < length; p += lanes) {
+      const int32_t k = of_block[p / lanes];
+      if (k != several_classes) {
+        const A value = column[k * ld];
+        for (int64_t j = 0; j < lanes; ++j) room[p + j] = value;
+      } else {
+        for (int64_t j = 0; j < lanes; ++j) room[p + j] = column[label[p + j] * ld];
+      }
+    }
+    return room;
+  }
+};
 
 // `map` and what arrives for it are the image's, [N]; table[label[p], c] is what arrives for channel c of pixel p by its class.
 template <typename A>
@@ -30,15 +54,31 @@ inline void attention_and_means_gradient(const ClassFeatures& features, double p
                                          const A* upstream, double norm, double product, const A* table) {
   const Attention attention{features.map.student, features.map.gradient, nullptr, features.channels, features.map.pixels, power};
   const AttentionSlope slope = attention_slope(norm, power);
-  over_labels<A>(features, range, [&](ClassTile<A>& tile, int64_t first) {
-    alignas(64) A factor[max_tile], keep[max_tile];
-    attention_factors(slope, product, map + first, upstream + first, tile.length, factor);
-    for (int64_t p = 0; p < tile.length; ++p) keep[p] = tile.pixel.label[p] < 0 ? A(0) : A(1);
-    spread_table(table, tile);
-    attention_gradient_of<Pixels::masked_and_added>(
-        attention, {range.image, first, first + tile.length},
-        AttentionFactors<A>{static_cast<A>(slope.scale), factor, keep, tile.x, tile.ld});
-  });
+  alignas(64) A factor[attention_block], keep[attention_block], room[attention_block];
+  alignas(64) int32_t label[attention_block], of_block[attention_block / lanes];
+  PixelSums bad{};  // the forward has seen them
+  Tile<A> tile;
+  for (int64_t first = range.begin; first < range.end; first += attention_block) {
+    const int64_t length = range.end - first < attention_block ? range.end - first : attention_block;
+    for (int64_t p = 0; p < length; p += max_tile) {
+      const int64_t some = length - p < max_tile ? length - p : max_tile;
+      tile.padded = round_up(some, lanes);
+      load_labels(features.map, range.image * features.map.pixels + first + p, some, true, tile, bad);
+      for (int64_t k = 0; k < tile.padded; ++k) {
+        label[p + k] = tile.label[k];
+        keep[p + k] = tile.label[k] < 0 ? A(0) : A(1);
+      }
+    }
+    for (int64_t p = 0; p < length; p += lanes) {
+      int32_t differs = 0;
+      for (int64_t j = 0; j < lanes; ++j) differs |= label[p + j] ^ label[p];
+      of_block[p / lanes] = differs == 0 ? label[p] : several_classes;
+    }
+    attention_factors(slope, product, map + first, upstream + first, length, factor);
+    attention_gradient_of<true>(attention, {range.image, first, first + length},
+                                AttentionFactors<A>{static_cast<A>(slope.scale), factor, keep},
+                                AddedByClass<A>{table, class_ld(features.channels), length, label, of_block, room});
+  }
 }
 
 }  // namespace MEDKD_ISA

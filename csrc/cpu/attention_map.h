@@ -53,9 +53,7 @@ inline void add_tiles(const Power& power, const Planes& x, const PixelRange& ran
     const int64_t length = range.end - first < some ? range.end - first : some;
     for (int64_t c = 0; c < channels; c += some) {
       const int64_t rows = channels - c < some ? channels - c : some;
-      Planes part = x;
-      with_type<A>(x.type, [&](auto zero) { part.data = static_cast<decltype(zero)*>(x.data) + c * x.stride_c; });
-      load_tile(part, range.image, first, rows, length, length, ld, A(1), scratch.get());
+      load_tile(from_channel(x, c), range.image, first, rows, length, length, ld, A(1), scratch.get());
       add_energies(power, scratch.get(), ld, rows, length, energy + (first - range.begin));
     }
   }
@@ -97,79 +95,81 @@ inline void attention_normalise(A* x, int64_t count, double factor) {
   for (int64_t p = 0; p < count; ++p) x[p] = static_cast<A>(factor * static_cast<double>(x[p]));
 }
 
-// Which pixels have a gradient, and whether it gets something besides.
-enum class Pixels { all, masked, masked_and_added };
-
-// What the pixels of a range multiply the slopes of their features by; keep is 0 where a pixel does not count; added, [C, added_ld],
-// is what their gradients get besides.
+// What the pixels of a range multiply the slopes of their features by; keep is 0 where a pixel does not count.
 template <typename A>
 struct AttentionFactors {
   A scale;
   const A* factor;
   const A* keep;
-  const A* added;
-  int64_t added_ld;
 
-  AttentionFactors from(int64_t pixel) const { return {scale, factor + pixel, keep + pixel, added + pixel, added_ld}; }
+  AttentionFactors from(int64_t pixel) const { return {scale, factor + pixel, keep + pixel}; }
+};
+
+// What a range's gradients get besides: nothing. Else channel(c) is what the range's pixels get in a channel, and pixel(p) what a
+// pixel gets in all of them.
+struct NothingAdded {
+  static constexpr bool adds = false;
+  const void* channel(int64_t) const { return nullptr; }
+  const void* pixel(int64_t) const { return nullptr; }
 };
 
 // out[k] = the gradient of x[k], for neighbouring pixels of a channel or, with step 0, neighbouring channels of a pixel. Strides
 // of 1 are written out, or the loops over halves would not vectorise.
-template <Pixels which, int step, bool dense, typename T, typename O, typename A, typename Power>
-MEDKD_INLINE void attention_slopes(const Power& power, const AttentionFactors<A>& of, int64_t length, const T* __restrict x,
-                                   int64_t x_stride, O* __restrict out, int64_t out_stride) {
+template <bool masked, bool adds, int step, bool dense, typename T, typename O, typename A, typename Power>
+MEDKD_INLINE void attention_slopes(const Power& power, const AttentionFactors<A>& of, const A* __restrict added,
+                                   int64_t length, const T* __restrict x, int64_t x_stride, O* __restrict out,
+                                   int64_t out_stride) {
   const A scale = of.scale;
   const A* __restrict factor = of.factor;
   const A* __restrict keep = of.keep;
-  const A* __restrict added = of.added;
   for (int64_t k = 0; k < length; ++k) {
     const A slope = power.slope(scale * static_cast<A>(widen(x[dense ? k : k * x_stride])));
     A value = factor[k * step] * slope;
-    if (which != Pixels::all) value = keep[k * step] != A(0) ? value : A(0);
-    if (which == Pixels::masked_and_added) value += added[step == 1 ? k : k * of.added_ld];
+    if (masked) value = keep[k * step] != A(0) ? value : A(0);
+    if (adds) value += added[k];
     narrow(value, out[dense ? k : k * out_stride]);
   }
 }
 
-template <Pixels which, int step, bool dense, typename T, typename A, typename Power>
-inline void attention_line(const Power& power, const AttentionFactors<A>& of, int64_t length, const T* x, int64_t x_stride,
-                           T* gradient, int64_t gradient_stride) {
+template <bool masked, bool adds, int step, bool dense, typename T, typename A, typename Power>
+inline void attention_line(const Power& power, const AttentionFactors<A>& of, const void* added_values, int64_t length,
+                           const T* x, int64_t x_stride, T* gradient, int64_t gradient_stride) {
+  const A* added = static_cast<const A*>(added_values);
   if constexpr (sizeof(T) == sizeof(A) || !dense) {
-    attention_slopes<which, step, dense>(power, of, length, x, x_stride, gradient, gradient_stride);
+    attention_slopes<masked, adds, step, dense>(power, of, added, length, x, x_stride, gradient, gradient_stride);
   } else {  // rounded in a loop of its own, which vectorises
     constexpr int64_t some = 256;
     alignas(64) A slopes[some];
     for (int64_t first = 0; first < length; first += some) {
       const int64_t count = length - first < some ? length - first : some;
-      AttentionFactors<A> here = step == 1 ? of.from(first) : of;
-      if (which == Pixels::masked_and_added && step == 0) here.added += first * of.added_ld;
-      attention_slopes<which, step, true>(power, here, count, x + first, 1, slopes, 1);
+      attention_slopes<masked, adds, step, true>(power, of.from(step * first), adds ? added + first : nullptr, count,
+                                                 x + first, 1, slopes, 1);
       T* __restrict to = gradient + first;
       for (int64_t k = 0; k < count; ++k) narrow(slopes[k], to[k]);
     }
   }
 }
 
-template <Pixels which, typename T, typename A, typename Power>
+template <bool masked, typename T, typename A, typename Power, typename Added>
 inline void attention_lines(const Power& power, const Attention& attention, const PixelRange& range,
-                            const AttentionFactors<A>& of) {
+                            const AttentionFactors<A>& of, const Added& added) {
   const Planes &x = attention.x, &gradient = attention.gradient;
   const T* from = static_cast<const T*>(x.data) + range.image * x.stride_b + range.begin * x.stride_n;
   T* to = static_cast<T*>(gradient.data) + range.image * gradient.stride_b + range.begin * gradient.stride_n;
   const int64_t channels = attention.channels, length = range.end - range.begin;
-  if (x.stride_n != 1 && x.stride_c == 1 && gradient.stride_c == 1) {
+  constexpr bool adds = Added::adds;
+  if (x.stride_n == 1 && gradient.stride_n == 1) {
+    for (int64_t c = 0; c < channels; ++c)
+      attention_line<masked, adds, 1, true>(power, of, added.channel(c), length, from + c * x.stride_c, 1,
+                                            to + c * gradient.stride_c, 1);
+  } else if (x.stride_c == 1 && gradient.stride_c == 1) {
     for (int64_t p = 0; p < length; ++p)
-      attention_line<which, 0, true>(power, of.from(p), channels, from + p * x.stride_n, 1, to + p * gradient.stride_n, 1);
-    return;
-  }
-  AttentionFactors<A> of_channel = of;
-  for (int64_t c = 0; c < channels; ++c) {
-    if (x.stride_n == 1 && gradient.stride_n == 1)
-      attention_line<which, 1, true>(power, of_channel, length, from + c * x.stride_c, 1, to + c * gradient.stride_c, 1);
-    else
-      attention_line<which, 1, false>(power, of_channel, length, from + c * x.stride_c, x.stride_n,
-                                      to + c * gradient.stride_c, gradient.stride_n);
-    of_channel.added += of.added_ld;
+      attention_line<masked, adds, 0, true>(power, of.from(p), added.pixel(p), channels, from + p * x.stride_n, 1,
+                                            to + p * gradient.stride_n, 1);
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      attention_line<masked, adds, 1, false>(power, of, added.channel(c), length, from + c * x.stride_c, x.stride_n,
+                                             to + c * gradient.stride_c, gradient.stride_n);
   }
 }
 
@@ -183,11 +183,12 @@ inline void attention_factors(const AttentionSlope& slope, double product, const
   }
 }
 
-template <Pixels which, typename A>
-inline void attention_gradient_of(const Attention& attention, const PixelRange& range, const AttentionFactors<A>& of) {
+template <bool masked, typename A, typename Added>
+inline void attention_gradient_of(const Attention& attention, const PixelRange& range, const AttentionFactors<A>& of,
+                                  const Added& added) {
   with_power<A>(attention.power, [&](const auto& power) {
     with_type<A>(attention.x.type,
-                 [&](auto zero) { attention_lines<which, decltype(zero)>(power, attention, range, of); });
+                 [&](auto zero) { attention_lines<masked, decltype(zero)>(power, attention, range, of, added); });
   });
 }
 
@@ -198,11 +199,11 @@ inline void attention_gradient(const Attention& attention, const PixelRange& ran
   const int64_t length = range.end - range.begin;
   alignas(64) A factor[attention_block], keep[attention_block];
   attention_factors(slope, product, map + range.begin, upstream + range.begin, length, factor);
-  const AttentionFactors<A> of{static_cast<A>(slope.scale), factor, keep, factor, 0};
-  if (attention.mask == nullptr) return attention_gradient_of<Pixels::all>(attention, range, of);
+  const AttentionFactors<A> of{static_cast<A>(slope.scale), factor, keep};
+  if (attention.mask == nullptr) return attention_gradient_of<false>(attention, range, of, NothingAdded{});
   const uint8_t* mask = attention.mask + range.image * attention.pixels + range.begin;
   for (int64_t p = 0; p < length; ++p) keep[p] = mask[p] != 0 ? A(1) : A(0);
-  attention_gradient_of<Pixels::masked>(attention, range, of);
+  attention_gradient_of<true>(attention, range, of, NothingAdded{});
 }
 
 }  // namespace MEDKD_ISA

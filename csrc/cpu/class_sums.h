@@ -74,19 +74,29 @@ inline void load_class_labels(const ClassFeatures& features, int64_t image, int6
   find_runs(tile);
 }
 
+// Features of a tile's channels, from `channel` on, when its labels are there; zeros up to a whole vector of them.
+template <typename A>
+inline void load_class_rows(const ClassFeatures& features, int64_t image, int64_t first, int64_t channel, ClassTile<A>& tile) {
+  const int64_t channels = tile.channels;
+  load_tile(from_channel(features.map.student, channel), image, first, channels, tile.length, tile.padded, tile.ld, A(1),
+            tile.x);
+  if (channel > 0)
+    for (int64_t k = channels * tile.ld; k < class_columns(channels) * tile.ld; ++k) tile.x[k] = A(0);
+  const int32_t* label = tile.pixel.label;
+  int32_t left_out = 0;
+  for (int64_t p = 0; p < tile.length; ++p) left_out |= label[p];
+  if (left_out >= 0) return;
+  for (int64_t c = 0; c < channels; ++c) {
+    A* row = tile.x + c * tile.ld;
+    for (int64_t p = 0; p < tile.padded; ++p) row[p] = label[p] < 0 ? A(0) : row[p];
+  }
+}
+
 template <typename A>
 inline void load_class_tile(const ClassFeatures& features, int64_t image, int64_t first, int64_t length,
                             ClassTile<A>& tile, PixelSums& bad) {
   load_class_labels(features, image, first, length, tile, bad);
-  load_tile(features.map.student, image, first, tile.channels, length, tile.padded, tile.ld, A(1), tile.x);
-  const int32_t* label = tile.pixel.label;
-  int32_t left_out = 0;
-  for (int64_t p = 0; p < length; ++p) left_out |= label[p];
-  if (left_out >= 0) return;
-  for (int64_t c = 0; c < tile.channels; ++c) {
-    A* row = tile.x + c * tile.ld;
-    for (int64_t p = 0; p < tile.padded; ++p) row[p] = label[p] < 0 ? A(0) : row[p];
-  }
+  load_class_rows(features, image, first, 0, tile);
 }
 
 // to[j] += x[j]

@@ -70,6 +70,13 @@ inline void load_tile_as(const Planes& x, int64_t image, int64_t first, int64_t 
       out[c * ld + p] = static_cast<A>(widen(base[p * x.stride_n + c * x.stride_c])) * scale;
 }
 
+// x without the channels before `channel`.
+inline Planes from_channel(Planes x, int64_t channel) {
+  const int64_t size = x.type == Type::float64 ? 8 : x.type == Type::float32 ? 4 : 2;
+  x.data = static_cast<char*>(x.data) + channel * x.stride_c * size;
+  return x;
+}
+
 // out[c, p] = scale * x[image, c, first + p]; pixels in [length, padded) become 0.
 template <typename A>
 inline void load_tile(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, int64_t padded,

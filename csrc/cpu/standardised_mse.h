@@ -28,14 +28,6 @@ inline const A* column(const Planes& x, int64_t image, int64_t pixel, int64_t ch
   return static_cast<const A*>(x.data) + image * x.stride_b + pixel * x.stride_n + channel;
 }
 
-// Channels from `first` on, of that many as were asked for.
-inline Planes from_channel(const Planes& x, int64_t first) {
-  const int64_t size = x.type == Type::float64 ? 8 : x.type == Type::float32 ? 4 : 2;
-  Planes result = x;
-  result.data = static_cast<char*>(x.data) + first * x.stride_c * size;
-  return result;
-}
-
 // A block of a few channels' pixels: in the tensor itself, if it may be taken as it lies, or, converted and without what the mask
 // leaves out, in scratch memory.
 template <typename A>
