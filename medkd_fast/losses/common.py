@@ -81,12 +81,14 @@ def to_size(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 def to_teacher_size(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The student at the teacher's size. For losses on logits, whose small structures averaging would take away."""
     check_dims(student, teacher)
-    return to_size(student, teacher.shape[2:])
+    return student if student.shape[2:] == teacher.shape[2:] else to_size(student, teacher.shape[2:])
 
 
 def to_common_size(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both maps average-pooled to the smaller size along every axis; a map of that size is returned as it is."""
     check_dims(student, teacher)
+    if student.shape[2:] == teacher.shape[2:]:
+        return student, teacher
     size = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
     return to_size(student, size), to_size(teacher, size)
 
@@ -145,10 +147,10 @@ def check_layers(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
 
 def weighted_sum(student: torch.Tensor, terms: dict[str, tuple[float, torch.Tensor]]) -> torch.Tensor:
     """Σ weight · part in the type of the arithmetic; 0 without any."""
-    loss = student.new_zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+    loss = None
     for weight, part in terms.values():
-        loss = torch.add(loss, part, alpha=weight)
-    return loss
+        loss = part * weight if loss is None else torch.add(loss, part, alpha=weight)
+    return loss if loss is not None else wide(student.new_zeros(()))
 
 
 def check_channels(student_channels: int | None, teacher_channels: int | None) -> None:
