@@ -154,6 +154,23 @@ def test_half_precision(composed: str, name: str, dtype: torch.dtype) -> None:
 
 
 @EVERY
+@pytest.mark.parametrize(
+    ("own", "of_teacher"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str
+)
+def test_networks_of_unlike_types(composed: str, name: str, own: torch.dtype, of_teacher: torch.dtype) -> None:
+    student, teacher, target = inputs()
+    student, teacher = student.to(own), teacher.to(of_teacher)
+    loss = made(name).float()
+    value, gradient = value_and_gradient(lambda x: call(name, loss, x, teacher, target), student)
+    want, want_gradient = run(name, student.double(), teacher.double(), target)
+    assert gradient.dtype == own
+    assert_close(value, want, 1e-4)
+    assert (gradient.double() - want_gradient).norm() <= (
+        8e-3 if own == torch.bfloat16 else 1e-4
+    ) * want_gradient.norm()
+
+
+@EVERY
 def test_a_smaller_student(composed: str, name: str) -> None:
     _, teacher, target = inputs()
     student = torch.randn(2, CLASSES, 4, 6, dtype=torch.float64)

@@ -100,7 +100,7 @@ class EMKDLoss(common.DistillationLoss):
             for x in (student, teacher)
         )
         parts = {}
-        there = counts.count_nonzero(1).to(map_s.dtype)
+        there = counts.count_nonzero(1)
         if self.importance_weight:
             parts["importance"] = common.squared_difference(map_s, map_t) / there.count_nonzero().clamp(min=1)
         if self.region_weight:
@@ -109,6 +109,7 @@ class EMKDLoss(common.DistillationLoss):
                 means_s, means_t = F.pad(means_s, (0, max(missing, 0))), F.pad(means_t, (0, max(-missing, 0)))
             # the classes are the channels of a relation, and those of one that is absent are 0 in both networks
             squared = functional.channel_relation(means_s, means_t, reduction="none")  # the mean over classes x classes
+            there = there.to(squared.dtype)
             pairs = there * (there - 1)
             parts["region"] = squared.dot(self.num_classes**2 / (pairs * pairs.count_nonzero()).clamp(min=1))
         return parts
