@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.windows import A_OF, corner, over_pixels, over_windows, settings_of, sizes_of
+from medkd_fast.kernels.windows import A_OF, over_pixels, over_windows, pixel_of, settings_of, sizes_of, window_of
 from medkd_fast.reference.common import arithmetic
 
 
@@ -25,15 +25,12 @@ def number_kernel(
     PIXELS: tl.constexpr = WINDOW_Z * WINDOW_Y * WINDOW_X
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
-    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
     found = tl.zeros([BLOCK_W, 1], tl.int32)
     for first in range(0, PIXELS, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)[None, :]
-        dz, dy, dx = k // (WINDOW_Y * WINDOW_X), k // WINDOW_X % WINDOW_Y, k % WINDOW_X
-        there = (k < PIXELS) & (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
-        if HAS_MASK:
-            n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
-            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        _, there = pixel_of(
+            k, o_w, mask, i_b * N, windows, size_z, size_y, size_x, pooled_y, pooled_x, HAS_MASK, WINDOW_Z, WINDOW_Y, WINDOW_X
+        )  # fmt: skip
         found += tl.sum(there.to(tl.int32), 1, keep_dims=True)
     tl.store(number + i_b * windows + o_w, found, o_w < windows)
 
@@ -48,18 +45,13 @@ def average_kernel(
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
     p_x = x + i_b * stride_b + o_c * stride_c
     inside = (o_c < C) & (o_w < windows)
     total = tl.zeros([BLOCK_C, BLOCK_W], A)
     for k in tl.static_range(WINDOW_Z * WINDOW_Y * WINDOW_X):
-        dz: tl.constexpr = k // (WINDOW_Y * WINDOW_X)
-        dy: tl.constexpr = k // WINDOW_X % WINDOW_Y
-        dx: tl.constexpr = k % WINDOW_X
-        there = (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
-        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
-        if HAS_MASK:
-            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        n, there = pixel_of(
+            k, o_w, mask, i_b * N, windows, size_z, size_y, size_x, pooled_y, pooled_x, HAS_MASK, WINDOW_Z, WINDOW_Y, WINDOW_X
+        )  # fmt: skip
         total += tl.load(p_x + n.to(tl.int64) * stride_n, inside & there, 0.0).to(A)
     count = tl.maximum(tl.load(number + i_b * windows + o_w, o_w < windows, 1), 1).to(A)
     tl.store(pooled + (i_b * C + o_c) * windows + o_w, total / count, inside)
@@ -76,16 +68,13 @@ def average_large_kernel(
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     i_b, i_c = plane // C, plane % C
     o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
-    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
     p_x = x + i_b * stride_b + i_c * stride_c
     total = tl.zeros([BLOCK_W, 1], tl.float64)
     for first in range(0, PIXELS, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)[None, :]
-        dz, dy, dx = k // (WINDOW_Y * WINDOW_X), k // WINDOW_X % WINDOW_Y, k % WINDOW_X
-        there = (k < PIXELS) & (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
-        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
-        if HAS_MASK:
-            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        n, there = pixel_of(
+            k, o_w, mask, i_b * N, windows, size_z, size_y, size_x, pooled_y, pooled_x, HAS_MASK, WINDOW_Z, WINDOW_Y, WINDOW_X
+        )  # fmt: skip
         b_x = tl.load(p_x + n.to(tl.int64) * stride_n, there, 0.0).to(A)
         total += tl.sum(b_x, 1, keep_dims=True).to(tl.float64)
     count = tl.maximum(tl.load(number + i_b * windows + o_w, o_w < windows, 1), 1).to(tl.float64)
@@ -104,9 +93,7 @@ def share_kernel(
     o_n = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     inside = (o_c < C) & (o_n < N)
-    line, n_x = o_n // size_x, o_n % size_x
-    z, y = line // size_y, line % size_y
-    window = (z // WINDOW_Z * pooled_y + y // WINDOW_Y) * pooled_x + n_x // WINDOW_X
+    window, _ = window_of(o_n, size_y, size_x, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
     counts = o_n < N
     if HAS_MASK:
         counts = counts & (tl.load(mask + i_b * N + o_n, counts, 0) != 0)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.windows import corner, over_pixels, over_windows, sizes_of
+from medkd_fast.kernels.windows import over_pixels, over_windows, pixel_of, sizes_of, window_of
 
 
 @triton.jit
@@ -28,19 +28,14 @@ def pool_kernel(
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
     p_x = x + i_b * stride_b + o_c * stride_c
     inside = (o_c < C) & (o_w < windows)
     value = tl.full([BLOCK_C, BLOCK_W], 0.0, A)
     at = tl.full([BLOCK_C, BLOCK_W], -1, tl.int32)
     for k in tl.static_range(WINDOW_Z * WINDOW_Y * WINDOW_X):
-        dz: tl.constexpr = k // (WINDOW_Y * WINDOW_X)
-        dy: tl.constexpr = k // WINDOW_X % WINDOW_Y
-        dx: tl.constexpr = k % WINDOW_X
-        there = (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
-        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
-        if HAS_MASK:
-            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        n, there = pixel_of(
+            k, o_w, mask, i_b * N, windows, size_z, size_y, size_x, pooled_y, pooled_x, HAS_MASK, WINDOW_Z, WINDOW_Y, WINDOW_X
+        )  # fmt: skip
         b_x = tl.load(p_x + n.to(tl.int64) * stride_n, inside & there, 0.0).to(A)
         take = there & (taken(b_x, value) | (at < 0))
         value = tl.where(take, b_x, value)
@@ -61,17 +56,14 @@ def pool_large_kernel(
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     i_b, i_c = plane // C, plane % C
     o_w = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
-    z, y, x_first = corner(o_w, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
     p_x = x + i_b * stride_b + i_c * stride_c
     value = tl.full([BLOCK_W, 1], 0.0, A)
     at = tl.full([BLOCK_W, 1], -1, tl.int32)
     for first in range(0, PIXELS, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)[None, :]
-        dz, dy, dx = k // (WINDOW_Y * WINDOW_X), k // WINDOW_X % WINDOW_Y, k % WINDOW_X
-        there = (k < PIXELS) & (o_w < windows) & (z + dz < size_z) & (y + dy < size_y) & (x_first + dx < size_x)
-        n = ((z + dz) * size_y + y + dy) * size_x + x_first + dx
-        if HAS_MASK:
-            there = there & (tl.load(mask + i_b * N + n, there, 0) != 0)
+        n, there = pixel_of(
+            k, o_w, mask, i_b * N, windows, size_z, size_y, size_x, pooled_y, pooled_x, HAS_MASK, WINDOW_Z, WINDOW_Y, WINDOW_X
+        )  # fmt: skip
         b_x = tl.load(p_x + n.to(tl.int64) * stride_n, there, 0.0).to(A)
         # the last that is no number, or else the first of the largest
         ordinary = b_x == b_x  # noqa: PLR0124
@@ -101,10 +93,7 @@ def spread_kernel(
     o_n = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     o_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     inside = (o_c < C) & (o_n < N)
-    line, n_x = o_n // size_x, o_n % size_x
-    z, y = line // size_y, line % size_y
-    window = (z // WINDOW_Z * pooled_y + y // WINDOW_Y) * pooled_x + n_x // WINDOW_X
-    k = (z % WINDOW_Z * WINDOW_Y + y % WINDOW_Y) * WINDOW_X + n_x % WINDOW_X
+    window, k = window_of(o_n, size_y, size_x, pooled_y, pooled_x, WINDOW_Z, WINDOW_Y, WINDOW_X)
     own = tl.load(place + (i_b * C + o_c) * windows + window, inside, -1).to(INDEX) == k
     v = tl.load(upstream + i_b * stride_ub + o_c * stride_uc + window.to(tl.int64) * stride_un, inside & own, 0.0)
     tl.store(gradient + i_b * stride_b + o_c * stride_c + o_n.to(tl.int64) * stride_n, v, inside)

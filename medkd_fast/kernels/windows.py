@@ -16,10 +16,31 @@ A_OF = {torch.float64: tl.float64}
 
 
 @triton.jit
-def corner(o_w, pooled_y, pooled_x, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr):
-    """z, y and x of the first pixels of windows o_w."""
+def pixel_of(
+    k, o_w, mask, first, windows, size_z, size_y, size_x, pooled_y, pooled_x,
+    HAS_MASK: tl.constexpr, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+):  # fmt: skip
+    """Pixel k of windows o_w, and whether it is there and counts; the image's mask begins at `first`."""
     line = o_w // pooled_x
-    return line // pooled_y * WINDOW_Z, line % pooled_y * WINDOW_Y, o_w % pooled_x * WINDOW_X
+    z = line // pooled_y * WINDOW_Z + k // (WINDOW_Y * WINDOW_X)
+    y = line % pooled_y * WINDOW_Y + k // WINDOW_X % WINDOW_Y
+    x = o_w % pooled_x * WINDOW_X + k % WINDOW_X
+    n = (z * size_y + y) * size_x + x
+    there = (o_w < windows) & (k < WINDOW_Z * WINDOW_Y * WINDOW_X) & (z < size_z) & (y < size_y) & (x < size_x)
+    if HAS_MASK:
+        there = there & (tl.load(mask + first + n, there, 0) != 0)
+    return n, there
+
+
+@triton.jit
+def window_of(
+    o_n, size_y, size_x, pooled_y, pooled_x, WINDOW_Z: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr
+):
+    """The windows of pixels o_n, and their places there."""
+    line, x = o_n // size_x, o_n % size_x
+    z, y = line // size_y, line % size_y
+    window = (z // WINDOW_Z * pooled_y + y // WINDOW_Y) * pooled_x + x // WINDOW_X
+    return window, (z % WINDOW_Z * WINDOW_Y + y % WINDOW_Y) * WINDOW_X + x % WINDOW_X
 
 
 def sizes_of(x: torch.Tensor, window: list[int]) -> tuple[list[int], list[int], list[int]]:
