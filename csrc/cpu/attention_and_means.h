@@ -69,11 +69,7 @@ inline void attention_and_means_gradient(const ClassFeatures& features, double p
         keep[p + k] = tile.label[k] < 0 ? A(0) : A(1);
       }
     }
-    for (int64_t p = 0; p < length; p += lanes) {
-      int32_t differs = 0;
-      for (int64_t j = 0; j < lanes; ++j) differs |= label[p + j] ^ label[p];
-      of_block[p / lanes] = differs == 0 ? label[p] : several_classes;
-    }
+    for (int64_t p = 0; p < length; p += lanes) of_block[p / lanes] = class_of_block(label + p);
     attention_factors(slope, product, map + first, upstream + first, length, factor);
     attention_gradient_of<true>(attention, {range.image, first, first + length},
                                 AttentionFactors<A>{static_cast<A>(slope.scale), factor, keep},

@@ -8,26 +8,11 @@
 
 namespace medkd {
 
-// Maps [B, N], and the ranges of their pixels that are worked on one after the other: each has a slot for a sum.
-struct AttentionMaps {
-  int64_t images, pixels, block, blocks;  // pixels of a range, and ranges of an image
-
-  AttentionMaps(int64_t images, int64_t pixels, int64_t block)
-      : images(images), pixels(pixels), block(block), blocks(ceil_div(pixels, block)) {}
+// Maps [B, N]; every range of their pixels has a slot for a sum.
+struct AttentionMaps : PixelRanges {
+  using PixelRanges::PixelRanges;
 
   static constexpr int64_t map_operations = 4;  // a pixel of the map
-
-  // visit(range, number of the range), where a pixel costs about as much as that many multiply-adds
-  template <typename Visit>
-  void over_ranges(int64_t operations, const Visit& visit) const {
-    torch::stable::parallel_for(0, images * blocks, grain(std::min(block, pixels) * operations),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const int64_t first = i % blocks * block;
-                                    visit(PixelRange{i / blocks, first, std::min(first + block, pixels)}, i);
-                                  }
-                                });
-  }
 
   // Of every image the sum of its ranges, in their order.
   void add_slots(const std::vector<double>& slots, double* of_images) const {

@@ -42,14 +42,7 @@ struct ClassCall {
   // visit(range, number of the part)
   template <typename Visit>
   void over_parts(const Visit& visit) const {
-    const int64_t pixels = features.map.pixels;
-    torch::stable::parallel_for(0, images * parts, grain(16 * std::min(part, pixels) * channels),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const int64_t first = i % parts * part;
-                                    visit(PixelRange{i / parts, first, std::min(first + part, pixels)}, i);
-                                  }
-                                });
+    PixelRanges(images, features.map.pixels, part).over_ranges(16 * channels, visit);
   }
 
   // sums_of(range, sums, bad) makes the sums of a part; use(number of the class, counted over the images, sums of its row) on

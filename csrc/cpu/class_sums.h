@@ -50,14 +50,19 @@ inline void begin_tiles(int64_t channels, A* memory, ClassTile<A>& tile) {
   for (int64_t p = 0; p < tile.ld; ++p) memory[ones * tile.ld + p] = A(1);
 }
 
+// The class of `lanes` pixels, or several_classes.
+MEDKD_INLINE int32_t class_of_block(const int32_t* label) {
+  int32_t differs = 0;
+  for (int64_t j = 0; j < lanes; ++j) differs |= label[j] ^ label[0];
+  return differs == 0 ? label[0] : several_classes;
+}
+
 template <typename A>
 inline void find_runs(ClassTile<A>& tile) {
   const int32_t* label = tile.pixel.label;
   tile.count = 0;
   for (int64_t first = 0; first < tile.padded; first += lanes) {
-    int32_t differs = 0;
-    for (int64_t j = 0; j < lanes; ++j) differs |= label[first + j] ^ label[first];
-    const int32_t found = differs == 0 ? label[first] : several_classes;
+    const int32_t found = class_of_block(label + first);
     if (tile.count > 0 && found != several_classes && tile.runs[tile.count - 1].label == found)
       tile.runs[tile.count - 1].end = first + lanes;
     else

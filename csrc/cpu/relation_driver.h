@@ -20,6 +20,26 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tasks that are worth waking a thread for, when one is `operations` multiply-adds. What a task does stays the same.
 inline int64_t grain(int64_t operations) { return ceil_div(1 << 20, std::max<int64_t>(operations, 1)); }
 
+// Ranges of images' pixels that are worked on one by one.
+struct PixelRanges {
+  int64_t images, pixels, block, blocks;  // pixels of a range, and ranges of an image
+
+  PixelRanges(int64_t images, int64_t pixels, int64_t block)
+      : images(images), pixels(pixels), block(block), blocks(ceil_div(pixels, block)) {}
+
+  // visit(range, number of the range), where a pixel costs about as much as that many multiply-adds
+  template <typename Visit>
+  void over_ranges(int64_t operations, const Visit& visit) const {
+    torch::stable::parallel_for(0, images * blocks, grain(std::min(block, pixels) * operations),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    const int64_t first = i % blocks * block;
+                                    visit(PixelRange{i / blocks, first, std::min(first + block, pixels)}, i);
+                                  }
+                                });
+  }
+};
+
 // Adds the other slots of an image to its first, and copies the upper triangles to the lower ones.
 inline void finish_sums(double* sums, int64_t slots, const RelationPlan& plan) {
   const int64_t n = plan.n, size = plan.squares * n * n;

@@ -36,4 +36,4 @@ def attention_and_means_backward(
     ignore_index: int,
 ) -> torch.Tensor:
     by_class = ByClass(target, counts, of_means.contiguous(), ignore_index)
-    return gradient_of(x, target != ignore_index, map, norms, of_map, power, by_class)
+    return gradient_of(x, None, map, norms, of_map, power, by_class)  # the labels say which pixels count

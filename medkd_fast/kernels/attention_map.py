@@ -135,6 +135,7 @@ def gradient_kernel(
         counts = tl.load(mask + i_b * N + o_n, m_n, 0) != 0
     if BY_CLASS:
         label, outside = load_labels(target, i_b * N + o_n, m_n, K, ignore_index)
+        counts = label >= 0
         number = tl.load(counts_of + i_b * K + label, label >= 0, 1).to(A)
     for c in range(0, C, BLOCK_C):
         o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
