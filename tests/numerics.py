@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from operators import value_and_gradient
+from operators import in_one, value_and_gradient
 
 import medkd_fast
 
@@ -174,11 +174,7 @@ def by_class(operator: str) -> Setting:
 
     def of(x: torch.Tensor) -> torch.Tensor:
         target = (torch.arange(x.shape[2]) * 4 // x.shape[2]).view(1, -1, 1).expand(x.shape[0], *x.shape[2:])
-        result = getattr(medkd_fast, operator)(x, target, num_classes=4)
-        if operator == "class_similarity":
-            return result.double()
-        found = [result.means] if operator == "class_means" else [result.map, result.means]
-        return torch.cat([x.double().flatten(1) for x in found], 1)
+        return in_one(getattr(medkd_fast, operator)(x, target, num_classes=4)).double()
 
     def loss(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return (of(student) - of(teacher.double())).square().mean()

@@ -18,6 +18,14 @@ ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.
 EMULATED = () if torch.cuda.is_available() else ("cuda", "triton")
 
 
+def in_one(result: Any) -> torch.Tensor:
+    """What has a gradient in the result of an operator by class: the means, and beside them the map, where there are such."""
+    if isinstance(result, torch.Tensor):
+        return result
+    found = [getattr(result, name) for name in ("map", "means") if hasattr(result, name)]
+    return found[0] if len(found) == 1 else torch.cat([x.flatten(1) for x in found], 1)
+
+
 def compiled(function: Callable[..., Any], backend: str, **settings: Any) -> Callable[..., Any]:
     """`function` in one graph. Inductor generates code for what stands around an operator: once, not for each emulated backend."""
     torch._dynamo.reset()  # or graphs that other tests made of the same line would count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import EMULATED, IGNORED, ROUNDING, assert_close, labels, value_and_gradient
+from operators import EMULATED, IGNORED, ROUNDING, assert_close, in_one, labels, value_and_gradient
 
 from medkd_fast import attention_and_means, attention_map, class_means, use_backend
 from medkd_fast.backend import kernel
@@ -14,8 +14,7 @@ SHAPES = [((2, 5, 9, 11), 4), ((1, 3, 4, 5, 6), 1), ((2, 4, 31), 20), ((1, 70, 5
 
 def both(x: torch.Tensor, target: torch.Tensor, classes: int, power: float) -> torch.Tensor:
     """Map and means side by side, [B, N + K · C]."""
-    got = attention_and_means(x, target, num_classes=classes, power=power)
-    return torch.cat([got.map.flatten(1), got.means.flatten(1)], 1)
+    return in_one(attention_and_means(x, target, num_classes=classes, power=power))
 
 
 def apart(x: torch.Tensor, target: torch.Tensor, classes: int, power: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import assert_close, value_and_gradient
+from operators import assert_close, in_one, value_and_gradient
 
 import medkd_fast
 
@@ -83,10 +83,7 @@ def test_by_class(kind: str, name: str, shape: tuple[int, ...]) -> None:
     x, target = torch.randn(shape, dtype=torch.float64), torch.randint(0, 4, (shape[0], *shape[2:]))
 
     def fused(x: torch.Tensor) -> torch.Tensor:
-        result = getattr(medkd_fast, name)(x, target, num_classes=4)
-        if name == "attention_and_means":
-            return torch.cat([result.map.flatten(1), result.means.flatten(1)], 1)
-        return result.means if name == "class_means" else result
+        return in_one(getattr(medkd_fast, name)(x, target, num_classes=4))
 
     upstream = torch.randn(fused(x).shape)
     want, want_gradient = value_and_gradient(fused, x, upstream)

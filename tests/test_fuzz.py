@@ -44,7 +44,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import value_and_gradient
+from operators import in_one, value_and_gradient
 
 import medkd_fast
 
@@ -165,10 +165,7 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
     if call.operator == "attention_map":
         return medkd_fast.attention_map(x, mask=drawn.mask, **call.settings)
     if call.operator in BY_CLASS:
-        result = getattr(medkd_fast, call.operator)(x, drawn.target, ignore_index=100, **call.settings)
-        if call.operator == "attention_and_means":
-            return torch.cat([result.map.flatten(1), result.means.flatten(1)], 1)
-        return result.means if call.operator == "class_means" else result
+        return in_one(getattr(medkd_fast, call.operator)(x, drawn.target, ignore_index=100, **call.settings))
     if call.operator in POOLS:
         return getattr(medkd_fast, call.operator)(x, mask=drawn.mask, **call.settings).pooled
     settings = {**call.settings, "reduction": call.reduction}
