@@ -1,12 +1,14 @@
 // Between torch's stable tensors and the plain data of the kernels.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -68,17 +70,34 @@ inline Planes planes_of(const Tensor& x, std::vector<Tensor>& holder) {
   return {kept.data_ptr(), type_of(kept), kept.stride(0), kept.stride(1), pixel_stride(kept)};
 }
 
+// A contiguous tensor on the device of x. By the shim: torch::stable::new_empty has the dispatcher look for the operator by
+// its name, and boxes every argument.
 inline Tensor new_like(const Tensor& x, const std::vector<int64_t>& size, ScalarType type) {
-  return torch::stable::new_empty(x, size, type);
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  for (std::size_t d = size.size(); d-- > 0; stride *= std::max<int64_t>(size[d], 1)) strides[d] = stride;
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device_type, x.get_device_index(), &made));
+  return Tensor(made);
 }
+
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 // A gradient laid out as x, and the planes that a kernel writes: its own, or, where x's pixels have no single stride, those
 // of a contiguous tensor that is copied over in the end.
 struct Gradient {
   Tensor result, written;
 
-  explicit Gradient(const Tensor& x) : result(torch::stable::empty_like(x)), written(result) {
-    if (pixel_stride(result) == 0) written = new_like(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+  explicit Gradient(const Tensor& x)
+      : result(x.is_contiguous() ? new_like(x, sizes_of(x), x.scalar_type()) : torch::stable::empty_like(x)),
+        written(result) {
+    if (pixel_stride(result) == 0) written = new_like(x, sizes_of(x), x.scalar_type());
   }
 
   Tensor finish() const {

@@ -134,7 +134,7 @@ def choose(operator: str, device_type: str) -> str:
 
 def kernel(operator: str, backend: str) -> Callable[..., Any]:
     """The operator of a fused backend: each has its own, because two of them can share one device."""
-    found: Callable[..., Any] = getattr(torch.ops.medkd_fast, f"{operator}_{backend}")
+    found: Callable[..., Any] = getattr(torch.ops.medkd_fast, f"{operator}_{backend}").default
     return found
 
 

@@ -33,7 +33,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_and_means(
 template <typename A>
 static void backward(const ClassCall& call, const Tensor& map, const Tensor& norms, const Tensor& counts,
                      const Tensor& of_map, const Tensor& of_means, double power) {
-  const Tensor dense = torch::stable::contiguous(of_map);
+  const Tensor dense = as_contiguous(of_map);
   const A* q = static_cast<const A*>(map.data_ptr());
   const A* v = static_cast<const A*>(dense.data_ptr());
   const double* norm = static_cast<const double*>(norms.data_ptr());

@@ -53,7 +53,7 @@ static std::tuple<Tensor, Tensor> attention_map(
 
 template <typename A>
 static void backward(const AttentionCall& call, const Tensor& map, const Tensor& norms, const Tensor& upstream) {
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   const A* q = static_cast<const A*>(map.data_ptr());
   const A* v = static_cast<const A*>(dense.data_ptr());
   const double* norm = static_cast<const double*>(norms.data_ptr());

@@ -32,7 +32,7 @@ static Tensor average_pool_backward(
   PoolCall call(x, window);
   const HostGradient gradient(x);
   call.lies_as(planes_of(gradient.written, call.holder), most_averages(call.pool));
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   call.pool.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
   call.pool.pooled = dense.data_ptr();
   call.pool.number = static_cast<int32_t*>(number.data_ptr());

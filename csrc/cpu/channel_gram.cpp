@@ -65,7 +65,7 @@ static Tensor channel_gram_backward(const Tensor& x,                    // [B, C
                                     const Tensor& upstream,  // [B, C, C], in the type of the arithmetic
                                     const std::string& relation, double temperature) {
   ChannelCall call(x, x, mask, relation, temperature);
-  const Tensor v = torch::stable::contiguous(upstream);
+  const Tensor v = as_contiguous(upstream);
   return call.type == ScalarType::Double ? backward<double>(call, x, matrix, state, v)
                                          : backward<float>(call, x, matrix, state, v);
 }

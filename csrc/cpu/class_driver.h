@@ -87,7 +87,7 @@ struct ClassCall {
   // Tables of what arrives for a mean, [B, K, C], over the number of its pixels.
   template <typename A>
   std::vector<A> shares(const Tensor& counts, const Tensor& upstream) const {
-    const Tensor dense = torch::stable::contiguous(upstream);
+    const Tensor dense = as_contiguous(upstream);
     const A* v = static_cast<const A*>(dense.data_ptr());
     const int64_t* number = static_cast<const int64_t*>(counts.data_ptr());
     auto table = tables<A>();

@@ -63,7 +63,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> class_similarity(
 template <typename A>
 static void backward(const ClassCall& call, const Tensor& similarity, const Tensor& means, const Tensor& counts,
                      const Tensor& inverse, const Tensor& upstream) {
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   const SimilarityMaps<A> maps{static_cast<const A*>(similarity.data_ptr()), static_cast<const A*>(inverse.data_ptr()),
                                static_cast<const A*>(dense.data_ptr())};
   const std::vector<A> prototypes = prototype_tables<A>(call, means);

@@ -29,7 +29,7 @@ static Tensor max_pool_backward(
   PoolCall call(x, window);
   const HostGradient gradient(x);
   call.lies_as(planes_of(gradient.written, call.holder), most_maxima(call.pool));
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   Pool& pool = call.pool;
   pool.pooled = dense.data_ptr();
   pool.place = static_cast<int16_t*>(place.data_ptr());

@@ -164,13 +164,12 @@ MEDKD_INLINE void pool_vector(const Lines& visit_lines, A* value, int16_t* place
   Vector<A> best{};
   Places at{};
   visit_lines([&](const A* from, int64_t number) {
-    const Vector<A> a = load_loose(from), b = load_loose(from + lanes);
-    const Vector<A> even = pick<A, 0, 2>(a, b), odd = pick<A, 1, 2>(a, b);
+    const Pairs<A> x = load_pairs(from);
     if (number == 0)
-      best = even;
+      best = x.first;
     else
-      take_vector<A>(even, static_cast<PoolLane<A>>(number), best, at);
-    take_vector<A>(odd, static_cast<PoolLane<A>>(number + 1), best, at);
+      take_vector<A>(x.first, static_cast<PoolLane<A>>(number), best, at);
+    take_vector<A>(x.second, static_cast<PoolLane<A>>(number + 1), best, at);
   });
   store_loose<A>(best, value);
   const Narrow narrow = __builtin_convertvector(at, Narrow);
@@ -288,9 +287,7 @@ MEDKD_INLINE void spread_vector(const A* upstream, const int16_t* place, int16_t
   __builtin_memcpy(&narrow, place, sizeof narrow);
   const Places number = __builtin_convertvector(narrow, Places) - PoolLane<A>(first);
   const Vector<A> v = load_loose(upstream), zero{};
-  const Vector<A> even = number == PoolLane<A>(0) ? v : zero, odd = number == PoolLane<A>(1) ? v : zero;
-  store_loose<A>(zip<A, 0>(even, odd), to);
-  store_loose<A>(zip<A, vector_lanes<A> / 2>(even, odd), to + vector_lanes<A>);
+  store_pairs<A>({number == PoolLane<A>(0) ? v : zero, number == PoolLane<A>(1) ? v : zero}, to);
 }
 
 // The gradient of one line of `length` windows of `step` pixels along x; the first of each has place `first`.

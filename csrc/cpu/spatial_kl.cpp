@@ -60,7 +60,7 @@ static Tensor backward(RelationCall& call, const Tensor& student, const Tensor& 
   const HostGradient gradient(student);
   call.relation.gradient = planes_of(gradient.written, call.holder);
   const Relation& relation = call.relation;
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   const int64_t channels = relation.student_channels;
   const int64_t parts = ceil_div(relation.pixels, spatial_part);
   torch::stable::parallel_for(

@@ -101,6 +101,89 @@ MEDKD_INLINE Vector<A> zip(Vector<A> a, Vector<A> b) {
   return zip_lanes<A, first>(a, b, std::make_integer_sequence<int, vector_lanes<A>>());
 }
 
+// Pairs that lie side by side in memory, as a vector of their first ones and one of their second ones. With AVX2, whose quick
+// shuffles stay in a half of a vector, halves are loaded and stored so that this is where their numbers are wanted.
+#if defined(__AVX__) && !defined(__AVX512F__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MEDKD_HALVES
+#endif
+#endif
+
+template <typename A>
+struct Pairs {
+  Vector<A> first, second;
+};
+
+#if defined(MEDKD_HALVES)
+template <typename A>
+struct HalfOf;
+template <>
+struct HalfOf<float> {
+  typedef float type __attribute__((vector_size(16)));
+  typedef float loose __attribute__((vector_size(16), may_alias, aligned(4)));
+};
+template <>
+struct HalfOf<double> {
+  typedef double type __attribute__((vector_size(16)));
+  typedef double loose __attribute__((vector_size(16), may_alias, aligned(8)));
+};
+
+template <typename A, int... lane>
+MEDKD_INLINE Pairs<A> load_pairs(const A* from, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = vector_lanes<A>, half = lanes / 2;
+  const auto halves = [&](const A* low, const A* high) {
+    const typename HalfOf<A>::type a = *reinterpret_cast<const typename HalfOf<A>::loose*>(low);
+    const typename HalfOf<A>::type b = *reinterpret_cast<const typename HalfOf<A>::loose*>(high);
+    return __builtin_shufflevector(a, b, lane...);
+  };
+  const Vector<A> even = halves(from, from + lanes), odd = halves(from + half, from + lanes + half);
+  // lane of the result: in its half, the first ones are of the even quarters, the others of the odd ones
+  return {__builtin_shufflevector(even, odd, (lane / half * half + 2 * lane % half + lane % half / (half / 2) * lanes)...),
+          __builtin_shufflevector(even, odd, (lane / half * half + 2 * lane % half + lane % half / (half / 2) * lanes + 1)...)};
+}
+
+template <typename A, int first, int... lane>
+MEDKD_INLINE void store_half(Vector<A> x, A* to, std::integer_sequence<int, lane...>) {
+  *reinterpret_cast<typename HalfOf<A>::loose*>(to) = __builtin_shufflevector(x, x, (first + lane)...);
+}
+
+template <typename A, int... lane>
+MEDKD_INLINE void store_pairs(Pairs<A> x, A* to, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = vector_lanes<A>, half = lanes / 2;
+  const Vector<A> even = __builtin_shufflevector(x.first, x.second,
+                                                 (lane / half * half + lane % half / 2 + lane % 2 * lanes)...);
+  const Vector<A> odd = __builtin_shufflevector(x.first, x.second,
+                                                (lane / half * half + half / 2 + lane % half / 2 + lane % 2 * lanes)...);
+  constexpr std::make_integer_sequence<int, half> in_half;
+  store_half<A, 0>(even, to, in_half);
+  store_half<A, 0>(odd, to + half, in_half);
+  store_half<A, half>(even, to + lanes, in_half);
+  store_half<A, half>(odd, to + lanes + half, in_half);
+}
+
+template <typename A>
+MEDKD_INLINE Pairs<A> load_pairs(const A* from) {
+  return load_pairs<A>(from, std::make_integer_sequence<int, vector_lanes<A>>());
+}
+
+template <typename A>
+MEDKD_INLINE void store_pairs(Pairs<A> x, A* to) {
+  store_pairs<A>(x, to, std::make_integer_sequence<int, vector_lanes<A>>());
+}
+#else
+template <typename A>
+MEDKD_INLINE Pairs<A> load_pairs(const A* from) {
+  const Vector<A> a = load_loose(from), b = load_loose(from + vector_lanes<A>);
+  return {pick<A, 0, 2>(a, b), pick<A, 1, 2>(a, b)};
+}
+
+template <typename A>
+MEDKD_INLINE void store_pairs(Pairs<A> x, A* to) {
+  store_loose<A>(zip<A, 0>(x.first, x.second), to);
+  store_loose<A>(zip<A, vector_lanes<A> / 2>(x.first, x.second), to + vector_lanes<A>);
+}
+#endif
+
 // x[i][j] becomes x[j][i]: every round of zipping the first half of the rows with the second moves one bit of the index.
 template <typename A>
 MEDKD_INLINE void transpose(Vector<A>* x) {

@@ -445,7 +445,7 @@ static Tensor backward(const Tensor& x, const std::optional<Tensor>& mask, const
   const Gradient gradient(x);
   if (call.pixels == 0 || call.channels == 0) return gradient.finish();
   const Planes written = planes_of(gradient.written, holder);
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   const A* const q = static_cast<const A*>(map.data_ptr());
   const A* const v = static_cast<const A*>(dense.data_ptr());
   const int64_t slots = std::min(ceil_div(call.pixels, map_pixels), most_product_slots);
@@ -514,7 +514,7 @@ template <typename A>
 static Tensor backward_by_class(const Tensor& x, const Tensor& mask, const Labels& labels, const Tensor& map,
                                 const Tensor& norms, const Tensor& counts, const Tensor& of_map, const Tensor& of_means,
                                 double power, cudaStream_t stream) {
-  const Tensor dense = torch::stable::contiguous(of_means);
+  const Tensor dense = as_contiguous(of_means);
   Room room;
   A* shares = nullptr;
   room.ask(shares, dense.numel());

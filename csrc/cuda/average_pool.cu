@@ -262,7 +262,7 @@ static Tensor average_pool_backward(
   AveragePoolCall call{call_of(x, window, shape), nullptr};
   const Gradient gradient(x);
   if (x.numel() == 0) return gradient.finish();
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   call.x = planes_of(gradient.written, holder);
   call.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
   call.pooled = dense.data_ptr();

@@ -99,7 +99,7 @@ static Tensor channel_gram_backward(const Tensor& x,                    // [B, C
                                     const std::string& relation, double temperature) {
   const OnDevice device(x);
   ChannelCall call(x, nullptr, mask, relation, temperature, arithmetic_type(x, x));
-  const Tensor v = torch::stable::contiguous(upstream);
+  const Tensor v = as_contiguous(upstream);
   return call.type == ScalarType::Double ? backward<double>(call, x, matrix, state, v, device.stream())
                                          : backward<float>(call, x, matrix, state, v, device.stream());
 }

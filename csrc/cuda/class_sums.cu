@@ -481,7 +481,7 @@ static Tensor class_means_backward(
     int64_t ignore_index) {
   ClassCall call(x, target, counts.size(1), ignore_index);
   const Gradient gradient = call.into_gradient(x);
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   if (!call.empty()) (call.type == ScalarType::Double ? means_backward<double> : means_backward<float>)(call, x, counts, dense);
   return gradient.finish();
 }
@@ -547,7 +547,7 @@ static Tensor class_similarity_backward(
     int64_t ignore_index) {
   ClassCall call(x, target, counts.size(1), ignore_index);
   const Gradient gradient = call.into_gradient(x);
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     similarity_backward<A>(call, x, means, counts,

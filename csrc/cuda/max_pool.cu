@@ -261,7 +261,7 @@ static Tensor max_pool_backward(
   MaxPoolCall call{call_of(x, window, shape), nullptr};
   const Gradient gradient(x);
   if (x.numel() == 0) return gradient.finish();
-  const Tensor dense = torch::stable::contiguous(upstream);
+  const Tensor dense = as_contiguous(upstream);
   call.x = planes_of(gradient.written, holder);
   call.pooled = dense.data_ptr();
   call.place = static_cast<int16_t*>(place.data_ptr());
