@@ -39,7 +39,7 @@ template std::basic_ostringstream<char>::basic_ostringstream();
 
 // Called where memory is allocated for more elements than there is address space; in libstdc++ since GCC 11.
 namespace std {
-[[noreturn]] void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+__attribute__((__noreturn__)) void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std
 
 #endif
