@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 #: Relative rounding of one stored number, for tolerances that come from an output's type.
@@ -143,3 +144,13 @@ def in_new_process(script: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def with_loops_of(instruction_set: str, script: str) -> None:
+    """Runs a Python script with the CPU's loops of an instruction set; skips the test where the machine has not got it."""
+    ask = "from medkd_fast.backend import instruction_set\nprint(instruction_set())\n"
+    got = in_new_process(script + ask, MEDKD_FAST_ISA=instruction_set).strip()
+    if got == "none":
+        pytest.skip("built without the native library")
+    if got != instruction_set:
+        pytest.skip(f"this machine runs {got} at most")

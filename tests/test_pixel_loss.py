@@ -13,9 +13,9 @@ from operators import (
     assert_close,
     channels_last,
     compiled,
-    in_new_process,
     over_threads,
     value_and_gradient,
+    with_loops_of,
 )
 
 import medkd_fast
@@ -444,7 +444,6 @@ def test_under_autocast(loss: Loss, backend: str) -> None:
 def test_every_build_of_the_loops(instruction_set: str) -> None:
     script = """
 import torch, medkd_fast
-from medkd_fast.backend import instruction_set
 generator = torch.Generator().manual_seed(0)
 for low in ((37, 53), (9, 20)):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -462,13 +461,8 @@ for low in ((37, 53), (9, 20)):
         limit = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
         assert abs(loss.item() / want.item() - 1) < 1e-6, (loss, want)
         assert error < limit, (dtype, error)
-print(instruction_set())
 """
-    got = in_new_process(script, MEDKD_FAST_ISA=instruction_set).strip()
-    if got == "none":
-        pytest.skip("built without the native library")
-    if got != instruction_set:
-        pytest.skip(f"this machine runs {got} at most")
+    with_loops_of(instruction_set, script)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import assert_close, channels_last, compiled, over_threads, value_and_gradient
+from operators import assert_close, channels_last, compiled, over_threads, value_and_gradient, with_loops_of
 
 import medkd_fast
 from medkd_fast.backend import kernel
@@ -70,6 +70,33 @@ def test_same_bits_for_any_number_of_threads(cpp: str, pool: Pool) -> None:
     x, mask = torch.randn(2, 9, 130, 140), torch.rand(2, 130, 140) < 0.9
     for y in (x, channels_last(x)):
         over_threads(lambda y=y: list(value_and_gradient(lambda z: pool(z, 2, mask=mask).pooled, y)))
+
+
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+def test_every_build_of_the_loops(instruction_set: str) -> None:
+    script = """
+import torch, medkd_fast
+
+def value_and_gradient(pool, x, window, upstream=None):
+    x = x.detach().requires_grad_()
+    pooled = pool(x, window).pooled
+    upstream = torch.randn_like(pooled) if upstream is None else upstream
+    pooled.backward(upstream)
+    return pooled.detach(), x.grad, upstream
+
+# lines of windows that are no multiple of a vector's lanes
+for width in (*range(1, 20), 33, 50, 67, 96):
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        for window in ((2, 2), (1, 2), (3, 2), (3, 3)):
+            x = torch.randn(2, 3, 5, width).to(dtype)
+            for pool in (medkd_fast.max_pool, medkd_fast.average_pool):
+                value, gradient, upstream = value_and_gradient(pool, x, window)
+                with medkd_fast.use_backend("reference"):
+                    want, want_gradient, _ = value_and_gradient(pool, x, window, upstream)
+                assert torch.allclose(value.double(), want.double(), limit, limit), (pool, width, dtype, window)
+                assert torch.allclose(gradient.double(), want_gradient.double(), limit, limit), (pool, width, dtype, window)
+"""
+    with_loops_of(instruction_set, script)
 
 
 def test_compiles_into_one_graph(fused: str, pool: Pool) -> None:

@@ -13,9 +13,9 @@ from operators import (
     assert_close,
     channels_last,
     compiled,
-    in_new_process,
     over_threads,
     value_and_gradient,
+    with_loops_of,
 )
 
 import medkd_fast
@@ -410,7 +410,6 @@ def test_under_autocast(loss: Loss, backend: str) -> None:
 def test_every_build_of_the_loops(instruction_set: str) -> None:
     script = """
 import torch, medkd_fast
-from medkd_fast.backend import instruction_set
 from medkd_fast.ops.channel_relation import channel_relation
 from medkd_fast.ops.pixel_relation import pixel_relation
 generator = torch.Generator().manual_seed(0)
@@ -432,13 +431,8 @@ for channels in (*range(1, 15), 33):
             if channels > 1:  # one channel: pixels are 1 or -1 and have no gradient
                 error = ((student.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
                 assert error < limit, (loss, channels, dtype, error)
-print(instruction_set())
 """
-    got = in_new_process(script, MEDKD_FAST_ISA=instruction_set).strip()
-    if got == "none":
-        pytest.skip("built without the native library")
-    if got != instruction_set:
-        pytest.skip(f"this machine runs {got} at most")
+    with_loops_of(instruction_set, script)
 
 
 BAD = [
