@@ -26,7 +26,7 @@ static std::vector<A> prototype_tables(const ClassCall& call, const Tensor& mean
 
 template <typename A>
 static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const ClassCall& call, const Tensor& x, const Tensor& target) {
-  const std::vector<int64_t> size(target.sizes().begin(), target.sizes().end());
+  const std::vector<int64_t> size = sizes_of(target);
   Tensor similarity = new_like(x, size, call.type), inverse = new_like(x, size, call.type);
   Tensor means = new_like(x, {call.images, call.classes, call.channels}, call.type);
   Tensor counts = new_like(x, {call.images, call.classes}, ScalarType::Long);

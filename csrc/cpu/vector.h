@@ -116,44 +116,49 @@ struct Pairs {
 
 #if defined(MEDKD_HALVES)
 template <typename A>
-struct HalfOf;
+struct LooseHalfOf;
 template <>
-struct HalfOf<float> {
-  typedef float type __attribute__((vector_size(16)));
-  typedef float loose __attribute__((vector_size(16), may_alias, aligned(4)));
+struct LooseHalfOf<float> {
+  typedef float type __attribute__((vector_size(vector_bytes / 2), may_alias, aligned(4)));
 };
 template <>
-struct HalfOf<double> {
-  typedef double type __attribute__((vector_size(16)));
-  typedef double loose __attribute__((vector_size(16), may_alias, aligned(8)));
+struct LooseHalfOf<double> {
+  typedef double type __attribute__((vector_size(vector_bytes / 2), may_alias, aligned(8)));
 };
+
+// Of two vectors, one after the other, which lane a shuffle in halves puts into `lane`. To take pairs apart: the first ones of
+// a half of the one, then of the other. To put them together: numbers of both in turn.
+constexpr int apart(int lane, int lanes) {
+  const int half = lanes / 2, within = lane % half;
+  return lane - within + 2 * within % half + (within < half / 2 ? 0 : lanes);
+}
+constexpr int together(int lane, int lanes) {
+  const int half = lanes / 2, within = lane % half;
+  return lane - within + within / 2 + (within % 2 == 0 ? 0 : lanes);
+}
 
 template <typename A, int... lane>
 MEDKD_INLINE Pairs<A> load_pairs(const A* from, std::integer_sequence<int, lane...>) {
   constexpr int lanes = vector_lanes<A>, half = lanes / 2;
-  const auto halves = [&](const A* low, const A* high) {
-    const typename HalfOf<A>::type a = *reinterpret_cast<const typename HalfOf<A>::loose*>(low);
-    const typename HalfOf<A>::type b = *reinterpret_cast<const typename HalfOf<A>::loose*>(high);
-    return __builtin_shufflevector(a, b, lane...);
+  const auto halves = [](const A* low, const A* high) {
+    using Half = typename LooseHalfOf<A>::type;
+    return __builtin_shufflevector(*reinterpret_cast<const Half*>(low), *reinterpret_cast<const Half*>(high), lane...);
   };
   const Vector<A> even = halves(from, from + lanes), odd = halves(from + half, from + lanes + half);
-  // lane of the result: in its half, the first ones are of the even quarters, the others of the odd ones
-  return {__builtin_shufflevector(even, odd, (lane / half * half + 2 * lane % half + lane % half / (half / 2) * lanes)...),
-          __builtin_shufflevector(even, odd, (lane / half * half + 2 * lane % half + lane % half / (half / 2) * lanes + 1)...)};
+  return {__builtin_shufflevector(even, odd, apart(lane, lanes)...),
+          __builtin_shufflevector(even, odd, (apart(lane, lanes) + 1)...)};
 }
 
 template <typename A, int first, int... lane>
 MEDKD_INLINE void store_half(Vector<A> x, A* to, std::integer_sequence<int, lane...>) {
-  *reinterpret_cast<typename HalfOf<A>::loose*>(to) = __builtin_shufflevector(x, x, (first + lane)...);
+  *reinterpret_cast<typename LooseHalfOf<A>::type*>(to) = __builtin_shufflevector(x, x, (first + lane)...);
 }
 
 template <typename A, int... lane>
 MEDKD_INLINE void store_pairs(Pairs<A> x, A* to, std::integer_sequence<int, lane...>) {
   constexpr int lanes = vector_lanes<A>, half = lanes / 2;
-  const Vector<A> even = __builtin_shufflevector(x.first, x.second,
-                                                 (lane / half * half + lane % half / 2 + lane % 2 * lanes)...);
-  const Vector<A> odd = __builtin_shufflevector(x.first, x.second,
-                                                (lane / half * half + half / 2 + lane % half / 2 + lane % 2 * lanes)...);
+  const Vector<A> even = __builtin_shufflevector(x.first, x.second, together(lane, lanes)...);
+  const Vector<A> odd = __builtin_shufflevector(x.first, x.second, (together(lane, lanes) + half / 2)...);
   constexpr std::make_integer_sequence<int, half> in_half;
   store_half<A, 0>(even, to, in_half);
   store_half<A, 0>(odd, to + half, in_half);

@@ -490,7 +490,7 @@ static Tensor attention_map_backward(
 }
 
 static Tensor mask_of(const Labels& labels, const Tensor& target, cudaStream_t stream) {
-  const std::vector<int64_t> size(target.sizes().begin(), target.sizes().end());
+  const std::vector<int64_t> size = sizes_of(target);
   Tensor mask = new_like(target, size, ScalarType::Bool);
   const int64_t pixels = target.numel();
   if (pixels > 0)

@@ -510,7 +510,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> class_similarity(
     const Tensor& target,  // [B, *S], contiguous
     int64_t num_classes, int64_t ignore_index) {
   ClassCall call(x, target, num_classes, ignore_index);
-  const std::vector<int64_t> size(target.sizes().begin(), target.sizes().end());
+  const std::vector<int64_t> size = sizes_of(target);
   Tensor similarity = new_like(x, size, call.type), inverse = new_like(x, size, call.type);
   Tensor means = new_like(x, {call.map.images, num_classes, call.map.channels}, call.type);
   Tensor counts = new_like(x, {call.map.images, num_classes}, ScalarType::Long);
