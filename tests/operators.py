@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -147,9 +148,11 @@ def in_new_process(script: str, **environment: str) -> str:
 
 
 def with_loops_of(instruction_set: str, script: str) -> None:
-    """Runs a Python script with the CPU's loops of an instruction set; skips the test where the machine has not got it."""
+    """Runs a Python script, which may import this module, with the CPU's loops of an instruction set; skips the test where the
+    machine has not got it."""
     ask = "from medkd_fast.backend import instruction_set\nprint(instruction_set())\n"
-    got = in_new_process(script + ask, MEDKD_FAST_ISA=instruction_set).strip()
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    got = in_new_process(script + ask, MEDKD_FAST_ISA=instruction_set, PYTHONPATH=path).strip()
     if got == "none":
         pytest.skip("built without the native library")
     if got != instruction_set:
