@@ -131,6 +131,30 @@ def test_without_a_valid_pixel_it_is_zero(composed: str, name: str) -> None:
     assert value == 0 and (gradient == 0).all()
 
 
+WITH_LABELS = {
+    "ifvd": lambda x, y, target: losses.IFVDLoss(160)(x, y, target),
+    "emkd": lambda x, y, target: losses.EMKDLoss(160)(x, y, target, [x], [y]),
+    "dkd": lambda x, y, target: losses.DKDLoss()(x, y, target),
+    "dist": lambda x, y, target: losses.DISTLoss()(x, y, target),
+    "sdd": lambda x, y, target: losses.SDDLoss()(x, y, target),
+    "boundary_kd": lambda x, y, target: losses.BoundaryKDLoss()(x, y, target),
+    "skd": lambda x, y, target: losses.SKDLoss()(x, y, target),
+    "dmd": lambda x, y, target: losses.DMDLoss(160, [160], logit_term="enhanced_spatial")(x, y, target, features=[x]),
+}
+
+
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_unsigned_labels_are_not_taken_for_negative_ones(composed: str, name: str) -> None:
+    """As an unsigned type of 8 bits -100, the default of ignore_index, is 156."""
+    (x, y), target = torch.randn(2, 1, 160, 4, 4), torch.tensor([3, 156]).repeat(1, 4, 2)
+
+    def value(target: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)  # for what has weights of its own
+        return WITH_LABELS[name](x, y, target)
+
+    assert torch.equal(value(target.to(torch.uint8)), value(target))
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(composed: str, name: str, dtype: torch.dtype) -> None:

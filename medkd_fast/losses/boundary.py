@@ -6,6 +6,7 @@ import torch
 
 from medkd_fast import functional
 from medkd_fast.losses import common
+from medkd_fast.reference.common import which_count
 
 
 class BoundaryKDLoss(common.DistillationLoss):
@@ -50,7 +51,7 @@ class BoundaryKDLoss(common.DistillationLoss):
 
 def boundary(target: torch.Tensor, ignore_index: int, radius: int = 1) -> torch.Tensor:
     """Where labels [B, *S] have another label within `radius` pixels along every axis, ignored pixels left aside."""
-    ignored, label = target == ignore_index, target.int()
+    ignored, label = ~which_count(target, ignore_index), target.int()
     lowest = torch.iinfo(torch.int32).min
     largest = _largest_within(label.masked_fill(ignored, lowest), radius)
     least_negated = _largest_within((-label).masked_fill_(ignored, lowest), radius)

@@ -10,6 +10,7 @@ from torch import nn
 
 from medkd_fast import functional
 from medkd_fast.ops.common import labels
+from medkd_fast.reference.common import which_count
 
 Pool = Callable[..., torch.Tensor]
 ADAPTIVE_POOL: dict[int, Pool] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -117,7 +118,7 @@ def resized_labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def counted(target: torch.Tensor | None, like: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
     """Which pixels [B, *S] of a map count: all (None) without a target, else those with another label than ignore_index."""
-    return None if target is None else resized_labels(target, like) != ignore_index
+    return None if target is None else which_count(resized_labels(target, like), ignore_index)
 
 
 def squared_difference(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from medkd_fast import functional
 from medkd_fast.losses import common
+from medkd_fast.reference.common import which_count
 
 
 class DKDLoss(common.DistillationLoss):
@@ -59,7 +60,8 @@ class DKDLoss(common.DistillationLoss):
         [B, C, *S], which there only say what to ignore."""
         if self.activation == "sigmoid":
             # from either of two classes the divergence is the same
-            target = torch.where(common.labels_of_heads(target, teacher) == self.ignore_index, self.ignore_index, 0)
+            counts = which_count(common.labels_of_heads(target, teacher), self.ignore_index)
+            target = torch.where(counts, 0, self.ignore_index)
             student, teacher = common.as_two_classes(student), common.as_two_classes(teacher)
         result = functional.decoupled_kl(
             student,

@@ -6,6 +6,7 @@ import torch
 
 from medkd_fast import functional
 from medkd_fast.losses import common
+from medkd_fast.reference.common import which_count
 
 
 class IFVDLoss(common.DistillationLoss):
@@ -50,6 +51,6 @@ class IFVDLoss(common.DistillationLoss):
             functional.class_similarity(x, labels, num_classes=self.num_classes, ignore_index=self.ignore_index)
             for x in (student, teacher)
         )
-        loss = common.mean_square(map_s, map_t, labels != self.ignore_index)
+        loss = common.mean_square(map_s, map_t, which_count(labels, self.ignore_index))
         self.parts = {"variation": loss.detach()}
         return loss

@@ -9,6 +9,7 @@ import torch
 from medkd_fast import functional
 from medkd_fast.losses import common
 from medkd_fast.ops.common import check_labels
+from medkd_fast.reference.common import which_count
 
 
 class SDDLoss(common.DistillationLoss):
@@ -76,7 +77,7 @@ class SDDLoss(common.DistillationLoss):
         else:
             dense = common.resized_labels(target, teacher)
             check_labels(dense, classes, self.ignore_index)
-            dense = torch.where(dense == self.ignore_index, -1, dense.long())
+            dense = torch.where(which_count(dense, self.ignore_index), dense.long(), -1)
             labels = self._majorities(dense, classes)
             s = self._averages(student, common.counted(target, student, self.ignore_index))
             t = self._averages(teacher, dense >= 0)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from medkd_fast.losses import common
 from medkd_fast.ops.common import check_labels
+from medkd_fast.reference.common import which_count
 
 #: The exponent ε of (p + m)^ε − m.
 POWER = 1.2
@@ -24,7 +25,7 @@ def enhanced_spatial(
     classes = teacher.shape[1]
     labels = common.resized_labels(target, teacher).flatten(1)
     check_labels(labels, classes, ignore_index)
-    counts = (labels != ignore_index).unsqueeze(1)  # [N, 1, V]
+    counts = which_count(labels, ignore_index).unsqueeze(1)  # [N, 1, V]
     there = counts.any(2, keepdim=True)
     log_s, log_t = (
         F.log_softmax((common.wide(x).flatten(2) / temperature).masked_fill(~counts & there, -torch.inf), 2)

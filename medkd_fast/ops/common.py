@@ -88,7 +88,8 @@ def check_labels(target: torch.Tensor, classes: int, ignore_index: int) -> None:
     """For the reference. On a GPU only under MEDKD_FAST_DEBUG=1, because looking at the answer synchronises."""
     if target.device.type != "cpu" and not DEBUG or torch.compiler.is_compiling():
         return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    wide = target.long()  # an unsigned type would take -100 for 156
+    bad = ((wide < 0) | (wide >= classes)) & (wide != ignore_index)
     if bad.any():
         raise ValueError(
             f"target holds the label {target[bad][0].item()}, want 0 to {classes - 1} or ignore_index ({ignore_index}); "

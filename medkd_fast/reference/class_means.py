@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from medkd_fast.reference.common import arithmetic
+from medkd_fast.reference.common import arithmetic, which_count
 
 
 def class_means(
@@ -29,7 +29,7 @@ def prepare(
     """Features [B, C, N], 0 at ignored pixels whatever stood there; which pixel is of which class, [B, K, N] of 0 and 1 in
     the type of the arithmetic; and which pixels count, [B, N]."""
     labels = target.flatten(1).long()
-    counts = labels != ignore_index
+    counts = which_count(labels, ignore_index)
     kept = torch.where(counts.unsqueeze(1), x.to(arithmetic(x, x)).flatten(2), 0)
     classes = torch.arange(num_classes, device=x.device).view(1, -1, 1)
     return kept, ((labels.unsqueeze(1) == classes) & counts.unsqueeze(1)).to(kept.dtype), counts

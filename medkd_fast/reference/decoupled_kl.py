@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from medkd_fast.reference.common import arithmetic
+from medkd_fast.reference.common import arithmetic, which_count
 
 INF = float("inf")
 
@@ -86,7 +86,7 @@ def prepare(
     if weight is None:
         weight = torch.ones(t.shape[0], *t.shape[2:], dtype=dtype, device=t.device)
     if target is not None:
-        weight = torch.where(target == ignore_index, 0, weight)
+        weight = torch.where(which_count(target, ignore_index), weight, 0)
     counts = (weight != 0).unsqueeze(1)
     return torch.where(counts, s, 0) / temperature, torch.where(counts, t, 0) / temperature, weight
 
