@@ -10,6 +10,7 @@ from operators import EMULATED, assert_close, channels_last, compiled, in_new_pr
 
 import medkd_fast
 from medkd_fast.backend import UNAVAILABLE
+from medkd_fast.ops.max_pool import max_pool
 from medkd_fast.ops.pixel_relation import pixel_relation
 
 
@@ -101,6 +102,7 @@ def test_memory_does_not_grow_with_the_pairs_of_pixels() -> None:
     # 110,592 pixels: one N x N matrix in fp32 is 49 GB. The gradient alone is 14 MB
     script = """
 import resource, torch
+from medkd_fast.ops.max_pool import max_pool
 from medkd_fast.ops.pixel_relation import pixel_relation
 student, teacher = torch.randn(2, 1, 32, 48, 48, 48)
 student.requires_grad_()
@@ -413,6 +415,7 @@ def test_memory_of_kl_does_not_grow_with_the_pairs_of_pixels() -> None:
     # features of 2 MB; one N x N matrix of an image in fp32 is 64 MB
     script = """
 import resource, torch
+from medkd_fast.ops.max_pool import max_pool
 from medkd_fast.ops.pixel_relation import pixel_relation
 student, teacher = torch.randn(2, 2, 64, 64, 64)
 student.requires_grad_()
@@ -425,3 +428,44 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     if UNAVAILABLE["cpp"]:
         pytest.skip(f"cpp is not here: {UNAVAILABLE['cpp']}")
     assert float(in_new_process(script)) <= 16  # megabytes
+
+
+@pytest.mark.parametrize("divergence", ["mse", "kl"])
+@pytest.mark.parametrize("across_images", [False, True], ids=["each", "across"])
+@pytest.mark.parametrize(("size", "window"), [((9, 12), 2), ((4, 6, 5), (2, 3, 1)), ((40,), 7)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_pool(
+    backend: str, divergence: str, across_images: bool, size: tuple[int, ...], window: int, masked: bool
+) -> None:
+    """max_pool of both maps, and then the relation."""
+    student, teacher = torch.randn(2, 5, *size), torch.randn(2, 3, *size)
+    mask = None
+    if masked:
+        mask = torch.rand(2, *size) < 0.3
+        mask[0] = False
+        student.movedim(1, -1)[~mask] = torch.nan
+    settings = {"divergence": divergence, "across_images": across_images}
+
+    def pooled_first(x: torch.Tensor) -> torch.Tensor:
+        (x, left), (y, _) = (max_pool(each, window, mask=mask) for each in (x, teacher))
+        return pixel_relation(x, y, mask=left, **settings)
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        return pixel_relation(x, teacher, mask=mask, pool=window, **settings)
+
+    for got, want in zip(value_and_gradient(fused, student), value_and_gradient(pooled_first, student), strict=True):
+        assert torch.equal(got, want) and got.isfinite().all()
+    assert torch.equal(fused(student), fused(student.requires_grad_()).detach())
+
+
+def test_bad_pool(backend: str) -> None:
+    x = torch.randn(1, 2, 4, 4)
+    with pytest.raises(ValueError, match="pool: got 0, want a whole number of at least 1, or 2 of them"):
+        pixel_relation(x, x, pool=0)
+
+
+def test_pool_compiles_into_one_graph(fused: str) -> None:
+    x, y = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    function = compiled(lambda x: pixel_relation(x, y, pool=2), fused)
+    want = value_and_gradient(lambda x: pixel_relation(x, y, pool=2), x)
+    assert all(torch.equal(a, b) for a, b in zip(value_and_gradient(function, x), want, strict=True))

@@ -47,13 +47,13 @@ class SKDLoss(common.DistillationLoss):
         """student, teacher: features [B, C, *S]; target: labels, of any size."""
         student, teacher = common.to_common_size(student, teacher)
         mask = common.counted(target, student, self.ignore_index)
-        student, left = functional.max_pool(student, self.pool, mask=mask)
-        teacher, _ = functional.max_pool(teacher, self.pool, mask=mask)
-        relation = "cosine"
         if self.detach_norm:
+            student, left = functional.max_pool(student, self.pool, mask=mask)
+            teacher, _ = functional.max_pool(teacher, self.pool, mask=mask)
             student, teacher = _over_detached_norm(student), _over_detached_norm(teacher)
-            relation = "gram"
-        loss = functional.pixel_relation(student, teacher, relation=relation, mask=left)
+            loss = functional.pixel_relation(student, teacher, relation="gram", mask=left)
+        else:
+            loss = functional.pixel_relation(student, teacher, mask=mask, pool=self.pool)
         self.parts = {"affinity": loss.detach()}
         return loss
 

@@ -47,11 +47,7 @@ def max_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Tensor
     >>> max_pool(x, 2, mask=torch.tensor([[1, 0, 1, 1, 0]]))
     MaxPool(pooled=tensor([[[1., 3., 0.]]]), counted=tensor([[ True,  True, False]]))
     """
-    steps = window_of(x, window)
-    if torch.Size(steps).numel() > 32767:
-        raise ValueError(
-            f"window: got {window}, {torch.Size(steps).numel()} pixels, want at most 32767; pool in two steps"
-        )
+    steps = window_of_maxima(x, window)
     mask = pixel_mask(mask, x)
     backend = choose("max_pool", x.device.type)
     if backend == "reference":
@@ -60,7 +56,22 @@ def max_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Tensor
         pooled, place = MaxPoolFunction.apply(x, mask, backend, steps)
     else:
         pooled, place = kernel("max_pool", backend)(x, mask, steps)
-    return MaxPool(pooled, None if mask is None else (place[:, :1] >= 0).any(1))
+    return MaxPool(pooled, None if mask is None else counted(place))
+
+
+def window_of_maxima(x: torch.Tensor, window: int | Sequence[int], name: str = "window") -> list[int]:
+    """`window_of`, where every place in a window has a number of 16 bits."""
+    steps = window_of(x, window, name)
+    if torch.Size(steps).numel() > 32767:
+        raise ValueError(
+            f"{name}: got {window}, {torch.Size(steps).numel()} pixels, want at most 32767; pool in two steps"
+        )
+    return steps
+
+
+def counted(place: torch.Tensor) -> torch.Tensor:
+    """Of which windows [B, *P] a pixel counts, from the places of their maxima [B, C, *P]."""
+    return (place[:, :1] >= 0).any(1)
 
 
 class MaxPoolFunction(torch.autograd.Function):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from medkd_fast.backend import choose, kernel, shapes_of
 from medkd_fast.ops import common
+from medkd_fast.ops.max_pool import counted, window_of_maxima
 from medkd_fast.ops.relation import check_relation, pixel_mask
 from medkd_fast.reference.common import arithmetic
+from medkd_fast.reference.max_pool import max_pool as reference_pool
 from medkd_fast.reference.pixel_relation import pixel_relation as reference
 
 RELATIONS = ("cosine", "pearson", "gram")
@@ -25,6 +28,7 @@ def pixel_relation(
     temperature: float = 0.1,
     mask: torch.Tensor | None = None,
     across_images: bool = False,
+    pool: int | Sequence[int] = 1,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Difference between the N×N relations of the pixels of student and teacher, which are never held.
@@ -35,8 +39,7 @@ def pixel_relation(
 
     * `divergence="mse"`: the mean of the squared differences over the N² entries. With "cosine" the pair-wise loss of Liu et
       al., Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019, and the pixel-wise part of Xiong and Yu,
-      Proc. SPIE 13213, 2024 (CPKD), in our reading: only its abstract is public. Time grows with N. Liu et al. pool the
-      features first; `CPKDLoss(pool=...)` does.
+      Proc. SPIE 13213, 2024 (CPKD), in our reading: only its abstract is public. Time grows with N.
     * `divergence="kl"`: KL(softmax(teacher's row / temperature) ‖ softmax(student's row / temperature)), mean over the
       rows, not multiplied by temperature². With "cosine" the loss of Yang et al., Cross-Image Relational Knowledge Distillation
       for Semantic Segmentation, CVPR 2022 (CIRKD), whose mini-batch form is `across_images=True`. Time grows with N²,
@@ -52,6 +55,7 @@ def pixel_relation(
         mask: [B, *S] or [B, 1, *S], booleans or integers: pixels where it is False or 0 are left out, of the mean too.
         across_images: relate the pixels of every image to those of every image, itself among them: B² ordered pairs, the first
             image's pixels being the rows. Memory grows with B² N for "kl".
+        pool: max-pools both maps by this window first, as `max_pool` does and Liu et al. do; the mask is that of the pixels before.
         reduction: "mean" over the images that have a valid pixel, "sum", or "none": one value an image, [B]. Across images:
             over the pairs of such images, or one value a pair, [B, B].
 
@@ -70,56 +74,62 @@ def pixel_relation(
     """
     check_relation(student, teacher, relation, RELATIONS, divergence, temperature, reduction)
     mask = pixel_mask(mask, student)
-    across = bool(across_images)
+    window = [] if pool == 1 else window_of_maxima(student, pool, "pool")
     backend = choose("pixel_relation", student.device.type)
+    across = bool(across_images)
     if backend == "reference":
+        if window:
+            student, left = reference_pool(student, mask, window)
+            teacher, mask = reference_pool(teacher, mask, window)[0], left
         return common.plainly(reference, student, teacher, mask, relation, divergence, temperature, across, reduction)
     kl = divergence == "kl"
+    name = "pixel_relation_kl" if kl else "pixel_relation"
+    settings = (relation, temperature, across, reduction) if kl else (relation, across, reduction)
     if common.wants_gradient(student):
-        if kl:
-            return PixelRelationKL.apply(student, teacher, mask, backend, relation, temperature, across, reduction)
-        return PixelRelation.apply(student, teacher, mask, backend, relation, across, reduction)
-    if kl:
-        return kernel("pixel_relation_kl", backend)(student, teacher, mask, relation, temperature, across, reduction)[0]
-    return kernel("pixel_relation", backend)(student, teacher, mask, relation, across, reduction)[0]
+        return PixelRelation.apply(student, teacher, mask, name, backend, window, settings)
+    if window:
+        student, teacher, mask, _ = _pooled(student, teacher, mask, backend, window)
+    return kernel(name, backend)(student, teacher, mask, *settings)[0]
+
+
+def _pooled(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, backend: str, window: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Both maps and the mask, pooled, and the places of the student's maxima."""
+    pool = kernel("max_pool", backend)
+    pooled_s, place = pool(student, mask, window)
+    return pooled_s, pool(teacher, mask, window)[0], None if mask is None else counted(place), place
 
 
 class PixelRelation(torch.autograd.Function):
-    """Divergence "mse"."""
+    """`name`: pixel_relation or pixel_relation_kl, with the settings that it takes; `window`: [] without pooling."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, backend: str, *settings: Any
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        mask: torch.Tensor | None,
+        name: str,
+        backend: str,
+        window: list[int],
+        settings: tuple[Any, ...],
     ) -> torch.Tensor:
-        loss, matrix = kernel("pixel_relation", backend)(student, teacher, mask, *settings)
-        ctx.save_for_backward(student, teacher, mask, matrix)
-        ctx.backend, ctx.settings = backend, settings
+        before, place = student, None
+        if window:
+            student, teacher, mask, place = _pooled(student, teacher, mask, backend, window)
+        loss, state = kernel(name, backend)(student, teacher, mask, *settings)
+        ctx.save_for_backward(before, place, student, teacher, mask, state)
+        ctx.name, ctx.backend, ctx.window, ctx.settings = name, backend, window, settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, v_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient = kernel("pixel_relation_backward", ctx.backend)(*ctx.saved_tensors, v_loss, *ctx.settings)
-        student = ctx.saved_tensors[0]
-        return common.first_order(student, gradient, "pixel_relation"), None, None, None, None, None, None
-
-
-class PixelRelationKL(torch.autograd.Function):
-    """Divergence "kl"."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, backend: str, *settings: Any
-    ) -> torch.Tensor:
-        loss, rows = kernel("pixel_relation_kl", backend)(student, teacher, mask, *settings)
-        ctx.save_for_backward(student, teacher, mask, rows)
-        ctx.backend, ctx.settings = backend, settings
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, v_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient = kernel("pixel_relation_kl_backward", ctx.backend)(*ctx.saved_tensors, v_loss, *ctx.settings)
-        student = ctx.saved_tensors[0]
-        return common.first_order(student, gradient, "pixel_relation"), None, None, None, None, None, None, None
+        before, place, *saved = ctx.saved_tensors
+        gradient = kernel(f"{ctx.name}_backward", ctx.backend)(*saved, v_loss, *ctx.settings)
+        if place is not None:
+            gradient = kernel("max_pool_backward", ctx.backend)(before, place, gradient, ctx.window)
+        return common.first_order(before, gradient, "pixel_relation"), None, None, None, None, None, None
 
 
 def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, across_images: bool, reduction: str) -> torch.Tensor:
