@@ -185,12 +185,40 @@ def plain_class_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> to
     return (x.flatten(2) @ indicator).mT / indicator.sum(1).clamp(min=1).unsqueeze(2)
 
 
-def published_attention_and_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
-    return torch.cat([published_attention_map(x).flatten(1), published_class_means(x, target, classes).flatten(1)], 1)
+def published_importance_and_affinity(
+    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, classes: int
+) -> torch.Tensor:
+    """The sum of both numbers: maps of fourth powers, masks as large as the features, and a contrast for every two classes."""
+    map_s, map_t = (F.normalize(x.pow(4).mean(1).flatten(1)) for x in (student, teacher))
+    importance = (map_s - map_t).pow(2).sum(1).mean()
+    of_s, of_t = (published_class_means(x, target, classes).unbind(1) for x in (student, teacher))
+    contrasts = importance.new_zeros(student.shape[0])
+    for a in range(classes - 1):
+        for b in range(a + 1, classes):
+            contrast = F.cosine_similarity(of_s[a], of_s[b], 1) - F.cosine_similarity(of_t[a], of_t[b], 1)
+            contrasts = contrasts + contrast.pow(2)
+    there = torch.stack([(target == c).flatten(1).any(1) for c in range(classes)], 1).sum(1)
+    pairs = there * (there - 1) / 2
+    return importance + (contrasts / pairs.clamp(min=1)).sum() / pairs.count_nonzero().clamp(min=1)
 
 
-def plain_attention_and_means(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
-    return torch.cat([plain_attention_map(x).flatten(1), plain_class_means(x, target, classes).flatten(1)], 1)
+def plain_importance_and_affinity(
+    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, classes: int
+) -> torch.Tensor:
+    """Squares of squares, and one product with the labels' indicators: cosines of sums are those of means."""
+    indicator = indicator_of(target, classes, student.dtype)
+
+    def map_and_cosines(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        square, sums = x * x, F.normalize(x.flatten(2) @ indicator, dim=1)
+        energy = (square * square).sum(1).flatten(1)
+        return energy / energy.norm(dim=1, keepdim=True).clamp_min(1e-12), sums.mT @ sums
+
+    (map_s, cosines_s), (map_t, cosines_t) = map_and_cosines(student), map_and_cosines(teacher)
+    there = indicator.any(1).sum(1)
+    pairs = there * (there - 1)
+    contrasts = (cosines_s - cosines_t).square().sum((1, 2)) / pairs.clamp(min=1)
+    importance = F.mse_loss(map_s, map_t, reduction="sum") / student.shape[0]
+    return importance + contrasts.sum() / pairs.count_nonzero().clamp(min=1)
 
 
 def published_class_similarity(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:

@@ -170,18 +170,21 @@ def attention(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.d
     return work
 
 
+def in_bands(target: torch.Tensor) -> None:
+    """Labels as coherent as organs are: nine bands of rows."""
+    rows = torch.arange(target.shape[1], device=target.device) * CLASSES // target.shape[1]
+    target.copy_(rows.view(1, -1, *[1] * (target.dim() - 2)))
+
+
 def by_class(
     operator: str, shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32
 ) -> Work:
-    """class_means, class_similarity or attention_and_means. Labels as coherent as organs are: nine bands of rows."""
+    """class_means or class_similarity."""
     x, _, target = _inputs(shape, None, layout, dtype)
-    rows = torch.arange(shape[2], device=x.device) * CLASSES // shape[2]
-    target.copy_(rows.view(1, -1, *[1] * (len(shape) - 3)))
+    in_bands(target)
 
     def fused_result(x: torch.Tensor, target: torch.Tensor, classes: int) -> torch.Tensor:
         result = getattr(medkd_fast, operator)(x, target, num_classes=classes)
-        if operator == "attention_and_means":
-            return torch.cat([result.map.flatten(1), result.means.flatten(1)], 1)
         return result.means if operator == "class_means" else result
 
     weight = torch.randn_like(fused_result(x.detach(), target, CLASSES))
@@ -194,10 +197,32 @@ def by_class(
     for kind in ("published", "plain"):
         work.variants[kind] = weighted(getattr(baselines, f"{kind}_{operator}")), args
     work.input_bytes = work.student_bytes + 8 * target.numel()
-    # read and the gradient written; for a gradient of the features themselves read again; for similarities twice, either way
-    work.bytes = {"class_means": 2, "attention_and_means": 3, "class_similarity": 5}[operator] * work.student_bytes
+    # read and the gradient written; for similarities read twice, either way
+    work.bytes = {"class_means": 2, "class_similarity": 5}[operator] * work.student_bytes
     if (layout, dtype) != ("contiguous", torch.float32):
         work.ordinary = by_class(operator, shape)
+    return work
+
+
+def importance_and_affinity(
+    shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32
+) -> Work:
+    """The sum of both numbers, with maps of fourth powers as EMKD has them."""
+    student, teacher, target = _inputs(shape, None, layout, dtype)
+    in_bands(target)
+
+    def fused() -> torch.Tensor:
+        importance, affinity = medkd_fast.importance_and_affinity(student, teacher, target, num_classes=CLASSES)
+        return importance + affinity
+
+    name = "importance_and_affinity"
+    work = Work(name, _title(name, shape, None, layout, dtype), student, fused)
+    for kind in ("published", "plain"):
+        work.variants[kind] = getattr(baselines, f"{kind}_{name}"), (student, teacher, target, CLASSES)
+    work.bytes = 4 * work.student_bytes  # the student twice, the teacher, the gradient
+    work.input_bytes = 2 * work.student_bytes + 8 * target.numel()
+    if (layout, dtype) != ("contiguous", torch.float32):
+        work.ordinary = importance_and_affinity(shape)
     return work
 
 
@@ -291,7 +316,11 @@ CPU_WORKS: dict[str, Callable[[], Work]] = {
     "attention_map_3d": lambda: attention((1, 32, 48, 48, 48)),
     **{
         f"{name}{suffix}": partial(by_class, name, shape, **settings)
-        for name in ("class_means", "class_similarity", "attention_and_means")
+        for name in ("class_means", "class_similarity")
+        for suffix, shape, settings in FEATURES
+    },
+    **{
+        f"importance_and_affinity{suffix}": partial(importance_and_affinity, shape, **settings)
         for suffix, shape, settings in FEATURES
     },
     **{
@@ -318,8 +347,8 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "standardised_mse_bf16": lambda: standardised((16, 64, 128, 128), dtype=BF16),
     "attention_map": lambda: attention((16, 64, 128, 128)),
     "attention_map_bf16": lambda: attention((16, 64, 128, 128), dtype=BF16),
-    "attention_and_means": lambda: by_class("attention_and_means", (16, 64, 128, 128)),
-    "attention_and_means_bf16": lambda: by_class("attention_and_means", (16, 64, 128, 128), dtype=BF16),
+    "importance_and_affinity": lambda: importance_and_affinity((16, 64, 128, 128)),
+    "importance_and_affinity_bf16": lambda: importance_and_affinity((16, 64, 128, 128), dtype=BF16),
     "class_means": lambda: by_class("class_means", (16, 64, 128, 128)),
     "class_means_bf16": lambda: by_class("class_means", (16, 64, 128, 128), dtype=BF16),
     "class_similarity": lambda: by_class("class_similarity", (16, 64, 128, 128)),

@@ -77,13 +77,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(medkd_fast, m) {
   m.def(
       "class_means_backward_" MEDKD_BACKEND "(Tensor x, Tensor target, Tensor counts, Tensor upstream, int ignore_index) "
       "-> Tensor gradient");
-  // What attention_map and class_means return, and the gradient of both.
+  // Outputs: both numbers, []; the student's map [B, *S], the norms of its energies [B], double, and the numbers of pixels [B, K],
+  // int64; the gradients of the numbers for the map [B, *S] and for the student's class means [B, K, C], in the type of the
+  // arithmetic. Student and teacher are both double, or neither is.
   m.def(
-      "attention_and_means_" MEDKD_BACKEND "(Tensor x, Tensor target, int num_classes, float power, int ignore_index) "
-      "-> (Tensor map, Tensor norms, Tensor means, Tensor counts)");
+      "importance_and_affinity_" MEDKD_BACKEND "(Tensor student, Tensor teacher, Tensor target, int num_classes, float power, "
+      "int ignore_index) -> (Tensor importance, Tensor affinity, Tensor map, Tensor norms, Tensor counts, Tensor of_map, "
+      "Tensor of_means)");
   m.def(
-      "attention_and_means_backward_" MEDKD_BACKEND "(Tensor x, Tensor target, Tensor map, Tensor norms, Tensor counts, "
-      "Tensor of_map, Tensor of_means, float power, int ignore_index) -> Tensor gradient");
+      "importance_and_affinity_backward_" MEDKD_BACKEND "(Tensor student, Tensor target, Tensor map, Tensor norms, "
+      "Tensor counts, Tensor of_map, Tensor of_means, Tensor v_importance, Tensor v_affinity, float power, int ignore_index) "
+      "-> Tensor gradient");
   // Outputs: the map [B, *S]; prototypes [B, K, C], numbers of pixels [B, K] and 1 / max(norm, 1e-8) of every pixel [B, *S].
   m.def(
       "class_similarity_" MEDKD_BACKEND "(Tensor x, Tensor target, int num_classes, int ignore_index) "

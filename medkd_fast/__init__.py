@@ -5,13 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 from medkd_fast.backend import set_backend, use_backend
 from medkd_fast.distiller import Distiller, Term
 from medkd_fast.functional import (
-    AttentionAndMeans,
     AveragePool,
     ClassMeans,
     ClassPearson,
     DecoupledKL,
+    ImportanceAndAffinity,
     MaxPool,
-    attention_and_means,
     attention_map,
     average_pool,
     channel_gram,
@@ -21,6 +20,7 @@ from medkd_fast.functional import (
     class_pearson,
     class_similarity,
     decoupled_kl,
+    importance_and_affinity,
     max_pool,
     pixel_affinity,
     pixel_relation,
@@ -34,15 +34,14 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "AttentionAndMeans",
     "AveragePool",
     "ClassMeans",
     "ClassPearson",
     "DecoupledKL",
     "Distiller",
+    "ImportanceAndAffinity",
     "MaxPool",
     "Term",
-    "attention_and_means",
     "attention_map",
     "average_pool",
     "channel_gram",
@@ -52,6 +51,7 @@ __all__ = [
     "class_pearson",
     "class_similarity",
     "decoupled_kl",
+    "importance_and_affinity",
     "max_pool",
     "pixel_affinity",
     "pixel_relation",

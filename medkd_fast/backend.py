@@ -29,7 +29,7 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "spatial_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_pearson": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "attention_map": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
-    "attention_and_means": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
+    "importance_and_affinity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_means": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_similarity": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "standardised_mse": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},

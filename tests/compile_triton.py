@@ -90,10 +90,10 @@ def calls(operator: str, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | 
     elif operator == "attention_map":
         for power in (1.0, 2.0, 2.5, 4.0):
             yield function(x, power=power, mask=mask)
-    elif operator == "attention_and_means":
+    elif operator == "importance_and_affinity":
         for power in (2.0, 2.5):
-            result = function(x, target, num_classes=CLASSES, power=power)
-            yield result.map.sum() + result.means.sum()
+            result = function(x, y, target, num_classes=CLASSES, power=power)
+            yield result.importance + result.affinity
     elif operator == "class_means":
         yield function(x, target, num_classes=CLASSES).means
     elif operator == "class_similarity":

@@ -33,8 +33,8 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
 POINTS = {
     "generic": "student and teacher independent",
     "converged": "student = teacher + 1e-3; the value's error is relative to the loss of an independent student",
-    "rotated": "what the loss does not see differs, what it sees is about 1e-2 apart: channels (pixel_relation) or pixels "
-    "(channel_relation) in another order; a constant, of size 10, added to a pixel's logits",
+    "rotated": "what the loss does not see differs, what it sees is about 1e-2 apart: channels (pixel_relation, "
+    "importance_and_affinity) or pixels (channel_relation) in another order; a constant, of size 10, added to a pixel's logits",
     "saturated": "logits or features of size 1e4",
     "zero rows": "in either network a channel and some pixels are 0",
 }
@@ -92,10 +92,19 @@ def draw_logits(low: tuple[int, ...] | None, point: str, generator: torch.Genera
     return Sample(student, teacher, target, special, unrelated)
 
 
-def draw_features(rows: str, point: str, generator: torch.Generator) -> Sample:
-    """`rows` of the relation's matrix: "channels" or "pixels". A mean, as after an activation."""
+def in_bands(x: torch.Tensor) -> torch.Tensor:
+    """Labels of four classes."""
+    return (torch.arange(x.shape[2]) * 4 // x.shape[2]).view(1, -1, 1).expand(x.shape[0], *x.shape[2:])
+
+
+def draw_features(rows: str, point: str, generator: torch.Generator, by_class: bool = False) -> Sample:
+    """`rows` of the relation's matrix: "channels" or "pixels". A mean, as after an activation; `by_class` one of each class."""
     shape = (2, 32, 18, 20)
     unrelated, teacher = normal(shape, generator) + 0.5, normal(shape, generator) + 0.5
+    if by_class:
+        label = in_bands(teacher)[0, :, 0]
+        means = (0.7 * normal((*shape[:2], 4, 1), generator) - 0.5 for _ in range(2))
+        unrelated, teacher = (x + mean[:, :, label] for x, mean in zip((unrelated, teacher), means, strict=True))
     student, special = unrelated, torch.zeros(shape, dtype=torch.bool)
     if point == "converged":
         student = teacher + 1e-3 * normal(shape, generator)
@@ -173,13 +182,22 @@ def by_class(operator: str) -> Setting:
     """The operator's result through its mean squared difference from the teacher's, with four bands of labels."""
 
     def of(x: torch.Tensor) -> torch.Tensor:
-        target = (torch.arange(x.shape[2]) * 4 // x.shape[2]).view(1, -1, 1).expand(x.shape[0], *x.shape[2:])
-        return in_one(getattr(medkd_fast, operator)(x, target, num_classes=4)).double()
+        return in_one(getattr(medkd_fast, operator)(x, in_bands(x), num_classes=4)).double()
 
     def loss(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return (of(student) - of(teacher.double())).square().mean()
 
     return Setting(operator, loss, by_definition(loss), partial(draw_features, "pixels"))
+
+
+def importance_and_affinity(number: str) -> Setting:
+    """One of the operator's numbers, with four bands of labels, of features that differ: else all cosines were near 1."""
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return getattr(medkd_fast.importance_and_affinity(student, teacher, in_bands(student), num_classes=4), number)
+
+    draw = partial(draw_features, "pixels", by_class=True)
+    return Setting(f"importance_and_affinity {number}", loss, by_definition(loss), draw)
 
 
 def spatial_kl(student: torch.Tensor, teacher: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -238,7 +256,8 @@ SETTINGS = {
         Setting("class_pearson", class_pearson, by_definition(class_pearson), partial(draw_logits, None)),
         Setting("standardised_mse", standardised_mse, plain_standardised_mse, partial(draw_features, "channels")),
         Setting("attention_map", attention_map, by_definition(attention_map), partial(draw_features, "pixels")),
-        by_class("attention_and_means"),
+        importance_and_affinity("importance"),
+        importance_and_affinity("affinity"),
         by_class("class_means"),
         by_class("class_similarity"),
         Setting("average_pool", average_pool, by_definition(average_pool), partial(draw_features, "pixels")),
@@ -339,8 +358,8 @@ Written by `make numerics` (`tests/numerics.py`); the tests assert the limits. E
 definition in fp64 on the same, already rounded inputs: first of the fused CPU backend, then of the best plain PyTorch in
 fp32 (for half inputs: cast up first). Value: relative, of the loss with reduction "mean". Gradient: relative L2. Root mean
 square over {DRAWS} draws; maps of 24×32 (logits) and 18×20 (features). `nan`: plain PyTorch has no finite gradient there.
-The results of `channel_gram`, `pixel_affinity`, `attention_map`, `attention_and_means`, `class_means`, `class_similarity` and `average_pool` are measured through
-their mean squared difference from the teacher's.
+The results of `channel_gram`, `pixel_affinity`, `attention_map`, `class_means`, `class_similarity` and `average_pool` are measured
+through their mean squared difference from the teacher's.
 
 Limits, in fp32: generic 1e-5; converged 1e-6 (value) and 2e-3 (gradient); rotated 1e-3; elsewhere, and for every
 gradient, twice plain PyTorch. A half gradient is also rounded to its dtype, by at most 2^-8 (bf16) or 2^-11 (fp16) of a

@@ -21,11 +21,8 @@ EMULATED = () if torch.cuda.is_available() else ("cuda", "triton")
 
 
 def in_one(result: Any) -> torch.Tensor:
-    """What has a gradient in the result of an operator by class: the means, and beside them the map, where there are such."""
-    if isinstance(result, torch.Tensor):
-        return result
-    found = [getattr(result, name) for name in ("map", "means") if hasattr(result, name)]
-    return found[0] if len(found) == 1 else torch.cat([x.flatten(1) for x in found], 1)
+    """What has a gradient in the result of an operator by class."""
+    return result if isinstance(result, torch.Tensor) else result.means
 
 
 def compiled(function: Callable[..., Any], backend: str, **settings: Any) -> Callable[..., Any]:

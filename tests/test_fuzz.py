@@ -15,7 +15,7 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
 * Standardised features. Sums and coefficients are made in fp64: their roundings count 2^-53, times what a channel's mean square
   is to its variance (`standardised_bounds`).
 * Attention maps. An energy is rounded to ε·p of itself, and below the normal numbers to a multiple of the smallest; that moves the
-  norm, the map, its product with the gradient that arrives, and in proportion the gradient (`attention_bounds`). An image with half
+  norm, the map, its product with the gradient that arrives, and in proportion the gradient (`map_moved`). An image with half
   of its norm below that has no direction.
 * Relations. Sums round in proportion to what they sum: K·ε times the size that the relation, the loss and a row's gradient
   have where student and teacher disagree (`sizes_of`; 1, 1 and 4 / (rows·n) for the mean of squared differences of cosines of
@@ -24,6 +24,8 @@ Tolerances follow from the arithmetic's unit roundoff ε and from the condition 
 * By class. Of up to 32 features in a row the sum may be in fp32: means are wrong by 2·K·ε of the mean magnitude, and so a
   prototype relative to its norm by 2·K·ε·κ, κ the quotient of the two. A cosine is, and the direction of every term of its
   gradient, by K·ε·(1 + 2κ); what comes through the prototype adds up the class's |v|.
+* Importance and affinity. Squares of differences d of two maps or two cosines with errors e: they move by 2·|d|·e + e², and the
+  gradient that arrives for a map or a cosine by 2·e; a map's e is that of attention maps, a cosine's that of its two means.
 * Averages of windows. Up to 64 pixels are added up one after the other: 4·K·ε of their mean magnitude; more of them in fp64.
 * max_pool. Its maxima and its gradient are copies of numbers: they are equal.
 
@@ -166,6 +168,9 @@ def run(call: Call, x: torch.Tensor, drawn: Tensors, teacher: torch.Tensor) -> t
         return medkd_fast.attention_map(x, mask=drawn.mask, **call.settings)
     if call.operator in BY_CLASS:
         return in_one(getattr(medkd_fast, call.operator)(x, drawn.target, ignore_index=100, **call.settings))
+    if call.operator == "importance_and_affinity":
+        result = medkd_fast.importance_and_affinity(x, teacher, drawn.target, ignore_index=100, **call.settings)
+        return torch.stack(result)
     if call.operator in POOLS:
         return getattr(medkd_fast, call.operator)(x, mask=drawn.mask, **call.settings).pooled
     settings = {**call.settings, "reduction": call.reduction}
@@ -341,28 +346,51 @@ def standardised_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> B
     return Bounds(value * 2.0**-53 / unit, gradient * 2.0**-53 / unit, undefined)
 
 
-def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+def unit_of(call: Call) -> float:
+    """K·ε."""
+    return ROUNDINGS * torch.finfo(torch.float64 if double(call) else torch.float32).eps / 2
+
+
+class Map(NamedTuple):
+    """An attention map, and what rounding does to it."""
+
+    q: torch.Tensor
+    error: torch.Tensor  # of q
+    norm: torch.Tensor  # of the energies
+    relative: torch.Tensor  # error of the norm, relative to it
+    undefined: torch.Tensor
+
+
+def map_moved(call: Call, x: torch.Tensor, keep: torch.Tensor) -> Map:
     power = call.settings["power"]
     limits = torch.finfo(torch.float64 if double(call) else torch.float32)
-    unit = ROUNDINGS * limits.eps / 2
-    x = torch.where(drawn.keep.unsqueeze(1), drawn.student.double(), 0).abs()
-    v = upstream.double().abs()
-    over = (1, *range(2, v.dim())) if v.dim() > 1 else (1,)
-    energy = x.pow(power).sum(1)
-    lost = call.channels * limits.smallest_normal * limits.eps * (energy > 0)
-    norm = energy.square().sum(over, keepdim=True).sqrt()
-    share = lost.square().sum(over, keepdim=True).sqrt() / norm.clamp(
-        min=1e-300
-    )  # of the norm, lost below the normal numbers
+    over = tuple(range(1, keep.dim()))
+    energy = torch.where(keep.unsqueeze(1), x.double(), 0).abs().pow(power).sum(1)
+    lost = x.shape[1] * limits.smallest_normal * limits.eps * (energy > 0)
+    norm = energy.square().sum(over, keepdim=True).sqrt().clamp(min=1e-300)
+    share = lost.square().sum(over, keepdim=True).sqrt() / norm  # of the norm, lost below the normal numbers
     undefined = share >= 0.5
-    relative = 2 * unit * (1 + power) + share / (1 - share.clamp(max=0.5))
-    q = energy / norm.clamp(min=1e-300)
-    e_q = torch.where(undefined, 2, q * relative + 2 * lost / norm.clamp(min=1e-300))
+    relative = 2 * unit_of(call) * (1 + power) + share / (1 - share.clamp(max=0.5))
+    q = energy / norm
+    return Map(q, torch.where(undefined, 2, q * relative + 2 * lost / norm), norm, relative, undefined)
+
+
+def map_gradient_moved(call: Call, drawn: Tensors, moved: Map, v: torch.Tensor, e_v: torch.Tensor) -> torch.Tensor:
+    """Where at most v, with an error of e_v, arrives for the student's map: the error of the features' gradient."""
+    power, over = call.settings["power"], tuple(range(1, v.dim()))
+    q, e_q, norm, relative, _ = moved
     product = (v * q).sum(over, keepdim=True)
-    e_w = e_q * product + q * (v * e_q).sum(over, keepdim=True) + unit * v  # of w = v - q <v, q>
-    size = (x > 0) * power * x.pow(power - 1) / norm.clamp(min=1e-300).unsqueeze(1)
-    gradient = size * (e_w + relative * (v + q * product)).unsqueeze(1)
-    return Bounds(e_q / unit, gradient / unit, undefined.unsqueeze(1))
+    e_product = (v * e_q + e_v * q).sum(over, keepdim=True)
+    e_w = e_q * product + q * e_product + unit_of(call) * v + e_v  # of w = v - q <v, q>
+    x = torch.where(drawn.keep.unsqueeze(1), drawn.student.double(), 0).abs()
+    size = (x > 0) * power * x.pow(power - 1) / norm.unsqueeze(1)
+    return size * (e_w + relative * (v + q * product)).unsqueeze(1)
+
+
+def attention_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    moved, v = map_moved(call, drawn.student, drawn.keep), upstream.double().abs()
+    gradient = map_gradient_moved(call, drawn, moved, v, torch.zeros_like(v))
+    return Bounds(moved.error / unit_of(call), gradient / unit_of(call), moved.undefined.unsqueeze(1))
 
 
 def indicator(call: Call, drawn: Tensors) -> torch.Tensor:
@@ -390,15 +418,58 @@ def class_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
     return Bounds(each.view(call.images, *call.size), gradient, undefined)
 
 
-def attention_and_means_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
-    pixels = math.prod(call.size)
-    attention = attention_bounds(call, drawn, upstream[:, :pixels].view(drawn.keep.shape))
-    means = class_bounds(call, drawn, upstream)
-    own = indicator(call, drawn)
-    share = upstream[:, pixels:].double().abs().view(call.images, own.shape[2], call.channels)
-    share = (own @ (share / own.sum(1).clamp(min=1).unsqueeze(2))).mT.reshape(drawn.student.shape)
-    value = torch.cat([attention.value.flatten(1), means.value.flatten(1)], 1)
-    return Bounds(value, attention.gradient + 2 * share, attention.undefined)
+class Directions(NamedTuple):
+    """Class means m over max(|m|, 1e-12), and what rounding does to them."""
+
+    m: torch.Tensor  # [B, K, C]
+    length: torch.Tensor  # [B, K]: 1, or less where |m| is
+    error: torch.Tensor  # [B, K], L2
+    slope: torch.Tensor  # [B, K]: 1 / max(|m|, 1e-12), of the shortest m within its error
+
+    def cosines(self, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, K, K], and their errors."""
+        length = self.length + self.error
+        error = self.error.unsqueeze(2) * length.unsqueeze(1)
+        return self.m @ self.m.mT, error + error.mT + unit * self.length.unsqueeze(2) * self.length.unsqueeze(1)
+
+
+def directions(call: Call, x: torch.Tensor, keep: torch.Tensor, own: torch.Tensor) -> Directions:
+    """`own` [B, N, K] as `indicator` gives it."""
+    x = torch.where(keep.unsqueeze(1), x.double(), 0).flatten(2)
+    number = own.sum(1).clamp(min=1).unsqueeze(2)
+    means, magnitude = ((y @ own).mT / number for y in (x, x.abs()))
+    norm, error = means.norm(dim=2), 2 * unit_of(call) * magnitude.norm(dim=2)
+    slope = 1 / (norm - error).clamp(min=1e-12)
+    # twice: an error across m, and that of its length
+    return Directions(F.normalize(means, dim=2), (norm / 1e-12).clamp(max=1), 2 * (error * slope).clamp(max=1), slope)
+
+
+def importance_and_affinity_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
+    unit, own = unit_of(call), indicator(call, drawn)
+    classes = own.any(1).sum(1)
+    pairs = (classes * (classes - 1)).double()
+    v_maps, v_affinity = (v.double().abs() for v in upstream)
+
+    maps = [map_moved(call, x, drawn.keep) for x in drawn[:2]]
+    share = 1 / classes.count_nonzero().clamp(min=1)
+    d, e = (maps[0].q - maps[1].q).abs(), maps[0].error + maps[1].error
+    of_images = (d.square() * unit + 2 * d * e + e.square()).flatten(1).sum(1)
+    importance = share * of_images.clamp(max=4).sum()
+    gradient = map_gradient_moved(call, drawn, maps[0], 2 * v_maps * share * d, 2 * v_maps * share * (e + unit * d))
+
+    means = [directions(call, x, drawn.keep, own) for x in drawn[:2]]
+    (r_s, e_s), (r_t, e_t) = (x.cosines(unit) for x in means)
+    share = torch.where(pairs > 0, 1 / (pairs * pairs.count_nonzero()).clamp(min=1), 0).view(-1, 1, 1)
+    d, e = (r_s - r_t).abs(), e_s + e_t
+    affinity = (share * (d.square() * unit + 2 * d * e + e.square()).clamp(max=4)).sum()
+    w, e_w = 4 * v_affinity * share * d, 4 * v_affinity * share * (e + unit * d)  # what arrives for a cosine, both ways
+    length, error = means[0].length.unsqueeze(2), means[0].error.unsqueeze(2)
+    # of g = W M, M the directions; its part across m is taken, and divided by the norm
+    g, e_g = w @ length, w @ error + e_w @ (length + error) + unit * (w @ length)
+    of_means = means[0].slope.unsqueeze(2) * (2 * e_g + (3 * error + 2 * unit) * (g + e_g))
+    of_pixels = own @ (of_means / own.sum(1).clamp(min=1).unsqueeze(2))
+    gradient = gradient + of_pixels.view(call.images, 1, *call.size)
+    return Bounds(torch.stack([importance, affinity]) / unit, gradient / unit, maps[0].undefined.unsqueeze(1))
 
 
 def average_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
@@ -485,7 +556,7 @@ BOUNDS: dict[str, Callable[[Call, Tensors, torch.Tensor], Bounds]] = {
     "class_pearson": pearson_bounds,
     "standardised_mse": standardised_bounds,
     "attention_map": attention_bounds,
-    "attention_and_means": attention_and_means_bounds,
+    "importance_and_affinity": importance_and_affinity_bounds,
     "class_means": class_bounds,
     "class_similarity": class_bounds,
     "average_pool": average_bounds,
@@ -652,7 +723,8 @@ def attention_calls(draw: st.DrawFn) -> Call:
     return Call(**drawn, settings=settings, zero_rows=draw(st.integers(0, 3)) == 0)
 
 
-BY_CLASS = ("class_means", "class_similarity", "attention_and_means")
+BY_CLASS = ("class_means", "class_similarity")
+CLASSES = [1, 2, 5, 19, 40]
 POOLS = ("max_pool", "average_pool")
 
 
@@ -660,13 +732,25 @@ POOLS = ("max_pool", "average_pool")
 def class_calls(draw: st.DrawFn, operator: str) -> Call:
     drawn = {name: draw(strategy) for name, strategy in common(operator, (700, 32, 11)).items()}
     drawn |= {"teacher_dtype": drawn["student_dtype"], "agreement": "none", "reduction": "none"}
-    settings: dict[str, Any] = {"num_classes": draw(st.sampled_from([1, 2, 5, 19, 40]))}
-    if operator == "attention_and_means":
-        settings["power"] = draw(st.sampled_from(POWERS))
     return Call(
         **drawn,
-        settings=settings,
+        settings={"num_classes": draw(st.sampled_from(CLASSES))},
         label_dtype=draw(st.sampled_from(LABELS)),
+        coherent=draw(st.booleans()),
+    )
+
+
+@st.composite
+def importance_and_affinity_calls(draw: st.DrawFn) -> Call:
+    drawn = {name: draw(strategy) for name, strategy in common("importance_and_affinity", (700, 32, 11)).items()}
+    drawn |= {"reduction": "mean", "teacher_channels": draw(st.sampled_from([None, None, 1, 4, 23]))}
+    if draw(st.integers(0, 9)) == 0:
+        drawn["channels"] = 1
+    return Call(
+        **drawn,
+        settings={"num_classes": draw(st.sampled_from(CLASSES)), "power": draw(st.sampled_from(POWERS))},
+        label_dtype=draw(st.sampled_from(LABELS)),
+        zero_rows=draw(st.integers(0, 3)) == 0,
         coherent=draw(st.booleans()),
     )
 
@@ -719,6 +803,7 @@ CALLS["spatial_kl"] = spatial_calls(), 1 / 8
 CALLS["class_pearson"] = pearson_calls(), 1 / 8
 CALLS["standardised_mse"] = standardised_calls(), 1 / 8
 CALLS["attention_map"] = attention_calls(), 1 / 8
+CALLS["importance_and_affinity"] = importance_and_affinity_calls(), 1 / 8
 for operator in BY_CLASS:
     CALLS[operator] = class_calls(operator), 1 / 16
 for operator in POOLS:

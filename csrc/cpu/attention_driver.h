@@ -1,4 +1,4 @@
-// Runs the loops of attention_map and attention_and_means over maps.
+// Runs the loops of attention_map and importance_and_affinity over maps.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,9 @@
 #include "relation_driver.h"
 
 namespace medkd {
+
+// What energies are multiplied by. An image without any has the map 0.
+inline double inverse_norm(double norm) { return norm == 0 ? 0.0 : 1 / norm; }
 
 // Maps [B, N]; every range of their pixels has a slot for a sum.
 struct AttentionMaps : PixelRanges {
@@ -23,15 +26,18 @@ struct AttentionMaps : PixelRanges {
     }
   }
 
-  // Energies become maps, in place; squares: the sum of every range's.
+  // The norms of images' energies; squares: the sum of every range's.
+  void norms(const std::vector<double>& squares, double* of_images) const {
+    add_slots(squares, of_images);
+    std::transform(of_images, of_images + images, of_images, [](double sum) { return std::sqrt(sum); });
+  }
+
+  // Energies become maps, in place.
   template <typename A>
-  void normalise(A* values, const std::vector<double>& squares, double* norms) const {
-    add_slots(squares, norms);
-    std::transform(norms, norms + images, norms, [](double sum) { return std::sqrt(sum); });
+  void normalise(A* values, const double* norms) const {
     over_ranges(map_operations, [&](const PixelRange& range, int64_t) {
-      const double norm = norms[range.image];
       loops<A>().attention_map.normalise(values + range.image * pixels + range.begin, range.end - range.begin,
-                                         norm == 0 ? 0.0 : 1 / norm);
+                                         inverse_norm(norms[range.image]));
     });
   }
 

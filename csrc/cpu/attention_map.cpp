@@ -39,7 +39,9 @@ static std::tuple<Tensor, Tensor> forward(const AttentionCall& call, const Tenso
   maps.over_ranges(call.operations(), [&](const PixelRange& range, int64_t i) {
     loops<A>().attention_map.energies(call.attention, range, values + range.image * maps.pixels + range.begin, &squares[i]);
   });
-  maps.normalise(values, squares, static_cast<double*>(norms.data_ptr()));
+  double* of_images = static_cast<double*>(norms.data_ptr());
+  maps.norms(squares, of_images);
+  maps.normalise(values, of_images);
   return {map, norms};
 }
 

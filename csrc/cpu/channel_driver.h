@@ -74,6 +74,13 @@ void end_with_shift(const S* shift, int64_t channels, A* matrix) {
   row[channels] = 0;
 }
 
+// In channel_relation.cpp, as operators.
+std::tuple<Tensor, Tensor> channel_relation(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+                                            const std::string& relation, const std::string& divergence, double temperature,
+                                            const std::string& reduction);
+Tensor channel_relation_backward(const Tensor& student, const std::optional<Tensor>& mask, const Tensor& matrix,
+                                 const Tensor& upstream, const std::string& relation, double temperature);
+
 inline double pixels_that_count(int64_t valid) { return static_cast<double>(std::max<int64_t>(valid, 1)); }
 
 }  // namespace medkd

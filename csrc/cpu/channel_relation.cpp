@@ -39,7 +39,7 @@ static std::tuple<Tensor, Tensor> forward(ChannelCall& call, const Tensor& stude
   return {reduce_images<A>(student, values, reduction, call.type), matrix};
 }
 
-static std::tuple<Tensor, Tensor> channel_relation(
+std::tuple<Tensor, Tensor> channel_relation(
     const Tensor& student,              // [B, C, *S]
     const Tensor& teacher,              // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous
@@ -53,7 +53,7 @@ static std::tuple<Tensor, Tensor> channel_relation(
                                          : forward<float>(call, student, which, reduction);
 }
 
-static Tensor channel_relation_backward(
+Tensor channel_relation_backward(
     const Tensor& student,              // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous
     const Tensor& matrix,               // [B, C or C + 1, the same], contiguous, in the type of the arithmetic

@@ -66,14 +66,16 @@ struct ClassCall {
     });
   }
 
-  // What by_class is to do with the sums of a class: means [B, K, C] and numbers of pixels [B, K].
+  // What by_class is to do with the sums of a class: means [B, K, C or more], zeros behind the channels, and numbers of pixels [B, K].
   template <typename A>
   auto means_into(const Tensor& means, const Tensor& counts) const {
     A* mean = static_cast<A*>(means.data_ptr());
+    const int64_t width = means.size(2);
     int64_t* count = static_cast<int64_t*>(counts.data_ptr());
-    return [this, mean, count](int64_t k, const double* sums) {
+    return [this, mean, width, count](int64_t k, const double* sums) {
       const double number = sums[columns];
-      for (int64_t c = 0; c < channels; ++c) mean[k * channels + c] = static_cast<A>(sums[c] / std::max(number, 1.0));
+      for (int64_t c = 0; c < channels; ++c) mean[k * width + c] = static_cast<A>(sums[c] / std::max(number, 1.0));
+      std::fill(mean + k * width + channels, mean + (k + 1) * width, A(0));
       count[k] = static_cast<int64_t>(number);
     };
   }
@@ -84,16 +86,16 @@ struct ClassCall {
     return std::vector<A>(static_cast<std::size_t>(images * (1 + classes) * ld));
   }
 
-  // Tables of what arrives for a mean, [B, K, C], over the number of its pixels.
+  // Tables of what arrives for a mean, [B, K, C], times a factor, over the number of its pixels.
   template <typename A>
-  std::vector<A> shares(const Tensor& counts, const Tensor& upstream) const {
+  std::vector<A> shares(const Tensor& counts, const Tensor& upstream, A factor = A(1)) const {
     const Tensor dense = as_contiguous(upstream);
     const A* v = static_cast<const A*>(dense.data_ptr());
     const int64_t* number = static_cast<const int64_t*>(counts.data_ptr());
     auto table = tables<A>();
     for (int64_t k = 0; k < images * classes; ++k)
       for (int64_t c = 0; c < channels; ++c)
-        table[row(k) + c] = v[k * channels + c] / static_cast<A>(std::max<int64_t>(number[k], 1));
+        table[row(k) + c] = factor * v[k * channels + c] / static_cast<A>(std::max<int64_t>(number[k], 1));
     return table;
   }
 

@@ -236,13 +236,18 @@ struct AttentionLoops {
   void (*gradient)(const Attention&, const PixelRange&, const A* map, const A* upstream, double norm, double product);
 };
 
-// attention_and_means: of class_means' features, in their terms.
+// importance_and_affinity: of class_means' features, in their terms.
 template <typename A>
-struct AttentionMeansLoops {
+struct ImportanceLoops {
   void (*sums)(const ClassFeatures&, double power, const PixelRange&, A* energies, double* squares, double* sums,
                PixelSums& bad);
-  void (*gradient)(const ClassFeatures&, double power, const PixelRange&, const A* map, const A* upstream, double norm,
-                   double product, const A* table);
+  // the student's energies become its map: times a factor, as the teacher's, of which only their difference is wanted; of_map =
+  // twice that times `share`, squares: the sum of its squares
+  void (*compare)(A* student, double of_student, const A* teacher, double of_teacher, int64_t count, double share, A* of_map,
+                  double* squares);
+  // `weight`: what `upstream` is multiplied by; `product` is without it
+  void (*gradient)(const ClassFeatures&, double power, const PixelRange&, const A* map, const A* upstream, double weight,
+                   double norm, double product, const A* table);
 };
 
 // max_pool and average_pool. Sizes are along z, y and x; 1 along an axis that is not there.
@@ -283,7 +288,7 @@ struct Loops {
   ClassMeansLoops<A> class_means;
   ClassSimilarityLoops<A> class_similarity;
   AttentionLoops<A> attention_map;
-  AttentionMeansLoops<A> attention_and_means;
+  ImportanceLoops<A> importance_and_affinity;
   // x[image, :, first + p] = in[:, p]
   void (*store_line)(const Planes& x, int64_t image, int64_t first, int64_t channels, int64_t length, const A* in);
   // x[k] *= factor over `count` elements in memory order

@@ -1,5 +1,4 @@
 // The loops of every operator for one instruction set: compiled with -DMEDKD_ISA=<namespace> and its flags.
-#include "attention_and_means.h"
 #include "attention_map.h"
 #include "average_pool.h"
 #include "channel_relation.h"
@@ -8,6 +7,7 @@
 #include "class_pearson.h"
 #include "class_similarity.h"
 #include "decoupled_kl.h"
+#include "importance_and_affinity.h"
 #include "max_pool.h"
 #include "pixel_pairs.h"
 #include "pixel_relation.h"
@@ -33,7 +33,7 @@ constexpr Loops<A> loops_of() {
           {class_feature_sums<A>, class_means_gradient<A>},
           {similarity_of_pixels<A>, similarity_sums<A>, similarity_gradient_of_pixels<A>},
           {attention_energies<A>, attention_normalise<A>, attention_product<A>, attention_gradient<A>},
-          {attention_and_class_sums<A>, attention_and_means_gradient<A>},
+          {importance_and_class_sums<A>, importance_compare<A>, importance_and_affinity_gradient<A>},
           store_line<A>,
           scale<A>};
 }

@@ -1,6 +1,6 @@
-// attention_map: energies in one pass over the features, their norm, the gradient in one more pass. attention_and_means: that,
-// with what arrives for a pixel by its class added in the same pass.
-// Derivations: medkd_fast/reference/attention_map.py, class_means.py.
+// attention_map: energies in one pass over the features, their norm, the gradient in one more pass. The backward of
+// importance_and_affinity: that gradient, with what arrives for a pixel by its class added in the same pass.
+// Derivations: medkd_fast/reference/attention_map.py, class_means.py, importance_and_affinity.py.
 //
 // Where a channel's pixels lie side by side a warp takes neighbouring packs of pixels, and the warps of a block share the
 // channels out. Where channels lie side by side neighbouring threads take neighbouring channels of several pixels. A block
@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "class_map.h"
+#include "operators.h"
 #include "pixel_norms.h"
 #include "pixels.h"
 #include "planes.h"
@@ -228,6 +229,7 @@ template <typename A>
 struct Arriving {
   const A* map;            // [B, N]
   const A* upstream;       // [B, N]
+  const A* weight;         // of the upstream, or nullptr
   const double* norms;     // [B]
   const double* products;  // [B, slots]
   int64_t slots;
@@ -248,7 +250,8 @@ struct ImageGradient {
     if (threadIdx.x == 0) {
       const AttentionSlope slope = attention_slope(arriving.norms[image], call.power);
       scratch[attention_warps] = slope.scale;
-      scratch[attention_warps + 1] = slope.factor;
+      scratch[attention_warps + 1] =
+          arriving.weight == nullptr ? slope.factor : slope.factor * static_cast<double>(*arriving.weight);
     }
     product = sum_of_slots(arriving.products + image * arriving.slots, arriving.slots, scratch);
     scale = static_cast<A>(scratch[attention_warps]);
@@ -261,11 +264,11 @@ struct ImageGradient {
   }
 };
 
-// What the gradient of attention_map gets besides.
+// What the gradient of attention_map gets besides. `counts`: bit k where a pixel counts.
 struct Nothing {
   template <int pixels>
   struct OfPixels {
-    __device__ __forceinline__ OfPixels(const Nothing&, const AttentionCall&, int64_t, int64_t, int, unsigned) {}
+    __device__ __forceinline__ OfPixels(const Nothing&, const AttentionCall&, int64_t, int64_t, int, unsigned&) {}
     template <typename A>
     __device__ __forceinline__ A plus(A value, int64_t, int) const {
       return value;
@@ -273,13 +276,13 @@ struct Nothing {
   };
 };
 
-// And that of attention_and_means: its class's vector, of shares [B, K, C].
+// And that of importance_and_affinity: its class's vector, of shares [B, K, C]. The labels say which pixels count.
 template <typename A>
 struct ByClass {
   Labels labels;
   const A* shares;
 
-  // Pixels first + k * step, where bit k of `counts` is set.
+  // Pixels first + k * step.
   template <int pixels>
   struct OfPixels {
     const A* of_image;
@@ -287,11 +290,13 @@ struct ByClass {
     int label[pixels];
 
     __device__ __forceinline__ OfPixels(const ByClass& all, const AttentionCall& call, int64_t image, int64_t first, int step,
-                                        unsigned counts)
+                                        unsigned& counts)
         : of_image(all.shares + image * all.labels.classes * call.channels), channels(call.channels) {
 #pragma unroll
-      for (int k = 0; k < pixels; ++k)
+      for (int k = 0; k < pixels; ++k) {
         label[k] = counts >> k & 1 ? all.labels.class_of(image * call.pixels + first + k * step) : nothing;
+        if (label[k] == nothing) counts &= ~(1u << k);
+      }
     }
 
     __device__ __forceinline__ A plus(A value, int64_t channel, int k) const {
@@ -312,7 +317,7 @@ __global__ void __launch_bounds__(attention_threads, least_blocks)
   const int64_t pixel = blockIdx.x % call.tiles * call.tile + thread % packs * lanes<A>;
   const int count = pixels_in_pack<A>(pixel, call.pixels);
   const ImageGradient<A> of_image(call, arriving, image, shared_memory<double>());
-  const unsigned counts = counted(call.mask == nullptr ? nullptr : call.mask + image * call.pixels, pixel, count);
+  unsigned counts = counted(call.mask == nullptr ? nullptr : call.mask + image * call.pixels, pixel, count);
   const typename Besides::template OfPixels<lanes<A>> more(besides, call, image, pixel, 1, counts);
   A factor[lanes<A>] = {};
 #pragma unroll
@@ -346,7 +351,7 @@ __global__ void __launch_bounds__(attention_threads, least_blocks)
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t first = blockIdx.x % call.tiles * call.tile + thread / call.width;
   const ImageGradient<A> of_image(call, arriving, image, shared_memory<double>());
-  const unsigned counts = counted_pixels(call, image, first, call.members);
+  unsigned counts = counted_pixels(call, image, first, call.members);
   const typename Besides::template OfPixels<pixels_at_once> more(besides, call, image, first, call.members, counts);
   A factor[pixels_at_once] = {};
 #pragma unroll
@@ -367,12 +372,6 @@ __global__ void __launch_bounds__(attention_threads, least_blocks)
         if (first + k * call.members < call.pixels) narrow(x[k], to[k * call.members * gradient.stride_n]);
     });
   }
-}
-
-// mask = 1 where a pixel counts.
-__global__ void __launch_bounds__(attention_threads) mask_kernel(const Labels labels, int64_t pixels, uint8_t* mask) {
-  const int64_t i = blockIdx.x * int64_t{attention_threads} + threadIdx.x;
-  if (i < pixels) mask[i] = labels.class_of(i) != nothing;
 }
 
 template <typename A>
@@ -438,7 +437,8 @@ static std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<T
 
 template <typename A, typename Besides>
 static Tensor backward(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& map, const Tensor& norms,
-                       const Tensor& upstream, double power, const Besides& besides, cudaStream_t stream) {
+                       const Tensor& upstream, const A* weight, double power, const Besides& besides,
+                       cudaStream_t stream) {
   std::vector<Tensor> holder;
   holder.reserve(2);
   const AttentionCall call = attention_call<A>(x, mask, power, holder);
@@ -455,7 +455,7 @@ static Tensor backward(const Tensor& x, const std::optional<Tensor>& mask, const
   room.take(x);
   launch<products_kernel<A>>(blocks_of(call.images * slots), attention_threads, attention_warps * sizeof(double), stream, q,
                              v, call.pixels, slots, products);
-  const Arriving<A> arriving{q, v, static_cast<const double*>(norms.data_ptr()), products, slots};
+  const Arriving<A> arriving{q, v, weight, static_cast<const double*>(norms.data_ptr()), products, slots};
   const dim3 grid = blocks_of(call.images * call.tiles);
   if (call.width == 0)
     launch<gradient_of_packs_kernel<A, Besides>>(grid, attention_threads, gradient_bytes, stream, call, arriving, besides,
@@ -466,7 +466,7 @@ static Tensor backward(const Tensor& x, const std::optional<Tensor>& mask, const
   return gradient.finish();
 }
 
-static std::tuple<Tensor, Tensor> attention_map(
+std::tuple<Tensor, Tensor> attention_map(
     const Tensor& x,                    // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous
     double power) {
@@ -485,61 +485,41 @@ static Tensor attention_map_backward(
     double power) {
   const OnDevice device(x);
   return arithmetic_type(x, x) == ScalarType::Double
-             ? backward<double>(x, mask, map, norms, upstream, power, Nothing{}, device.stream())
-             : backward<float>(x, mask, map, norms, upstream, power, Nothing{}, device.stream());
-}
-
-static Tensor mask_of(const Labels& labels, const Tensor& target, cudaStream_t stream) {
-  const std::vector<int64_t> size = sizes_of(target);
-  Tensor mask = new_like(target, size, ScalarType::Bool);
-  const int64_t pixels = target.numel();
-  if (pixels > 0)
-    launch<mask_kernel>(blocks_of(ceil_div(pixels, attention_threads)), attention_threads, 0, stream, labels, pixels,
-                        static_cast<uint8_t*>(mask.data_ptr()));
-  return mask;
-}
-
-static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_and_means(
-    const Tensor& x,       // [B, C, *S]
-    const Tensor& target,  // [B, *S], contiguous
-    int64_t num_classes, double power, int64_t ignore_index) {
-  const OnDevice device(x);
-  const Tensor mask = mask_of(labels_of(target, num_classes, ignore_index), target, device.stream());
-  const auto [map, norms] = attention_map(x, mask, power);
-  const auto [means, counts] = class_means(x, target, num_classes, ignore_index);
-  return {map, norms, means, counts};
+             ? backward<double>(x, mask, map, norms, upstream, nullptr, power, Nothing{}, device.stream())
+             : backward<float>(x, mask, map, norms, upstream, nullptr, power, Nothing{}, device.stream());
 }
 
 template <typename A>
-static Tensor backward_by_class(const Tensor& x, const Tensor& mask, const Labels& labels, const Tensor& map,
-                                const Tensor& norms, const Tensor& counts, const Tensor& of_map, const Tensor& of_means,
-                                double power, cudaStream_t stream) {
+static Tensor backward_by_class(const Tensor& x, const Labels& labels, const Tensor& map, const Tensor& norms,
+                                const Tensor& counts, const Tensor& of_map, const Tensor& of_means,
+                                const Tensor& v_importance, const Tensor& v_affinity, double power, cudaStream_t stream) {
   const Tensor dense = as_contiguous(of_means);
   Room room;
   A* shares = nullptr;
   room.ask(shares, dense.numel());
   room.take(x);
   if (dense.numel() > 0)
-    share_out(static_cast<const A*>(dense.data_ptr()), static_cast<const int64_t*>(counts.data_ptr()), counts.numel(),
-              dense.size(2), shares, stream);
-  return backward<A>(x, mask, map, norms, of_map, power, ByClass<A>{labels, shares}, stream);
+    share_out(static_cast<const A*>(dense.data_ptr()), static_cast<const A*>(v_affinity.data_ptr()),
+              static_cast<const int64_t*>(counts.data_ptr()), counts.numel(), dense.size(2), shares, stream);
+  return backward<A>(x, std::nullopt, map, norms, of_map, static_cast<const A*>(v_importance.data_ptr()), power,
+                     ByClass<A>{labels, shares}, stream);
 }
 
-static Tensor attention_and_means_backward(
-    const Tensor& x,         // [B, C, *S]
-    const Tensor& target,    // [B, *S], contiguous
-    const Tensor& map,       // [B, *S], contiguous, in the type of the arithmetic
-    const Tensor& norms,     // [B], double, contiguous
-    const Tensor& counts,    // [B, K], int64, contiguous
-    const Tensor& of_map,    // [B, *S], in the type of the arithmetic
-    const Tensor& of_means,  // [B, K, C], in the type of the arithmetic
+static Tensor importance_and_affinity_backward(
+    const Tensor& x,             // the student, [B, C, *S]
+    const Tensor& target,        // [B, *S], contiguous
+    const Tensor& map,           // [B, *S], contiguous, in the type of the arithmetic
+    const Tensor& norms,         // [B], double, contiguous
+    const Tensor& counts,        // [B, K], int64, contiguous
+    const Tensor& of_map,        // [B, *S], in the type of the arithmetic, as all that follow
+    const Tensor& of_means,      // [B, K, C]
+    const Tensor& v_importance,  // []
+    const Tensor& v_affinity,    // []
     double power, int64_t ignore_index) {
   const OnDevice device(x);
   const Labels labels = labels_of(target, counts.size(1), ignore_index);
-  const Tensor mask = mask_of(labels, target, device.stream());
-  return arithmetic_type(x, x) == ScalarType::Double
-             ? backward_by_class<double>(x, mask, labels, map, norms, counts, of_map, of_means, power, device.stream())
-             : backward_by_class<float>(x, mask, labels, map, norms, counts, of_map, of_means, power, device.stream());
+  return (arithmetic_type(x, x) == ScalarType::Double ? backward_by_class<double> : backward_by_class<float>)(
+      x, labels, map, norms, counts, of_map, of_means, v_importance, v_affinity, power, device.stream());
 }
 
 }  // namespace medkd
@@ -547,6 +527,5 @@ static Tensor attention_and_means_backward(
 MEDKD_IMPLEMENTS {
   m.impl("attention_map_cuda", TORCH_BOX(&medkd::attention_map));
   m.impl("attention_map_backward_cuda", TORCH_BOX(&medkd::attention_map_backward));
-  m.impl("attention_and_means_cuda", TORCH_BOX(&medkd::attention_and_means));
-  m.impl("attention_and_means_backward_cuda", TORCH_BOX(&medkd::attention_and_means_backward));
+  m.impl("importance_and_affinity_backward_cuda", TORCH_BOX(&medkd::importance_and_affinity_backward));
 }

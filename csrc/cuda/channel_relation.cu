@@ -1,4 +1,5 @@
 #include "channel_pass.h"
+#include "operators.h"
 
 namespace medkd {
 
@@ -63,7 +64,7 @@ static std::tuple<Tensor, Tensor> forward(const ChannelCall& call, const Tensor&
   return {loss, matrix};
 }
 
-static std::tuple<Tensor, Tensor> channel_relation(
+std::tuple<Tensor, Tensor> channel_relation(
     const Tensor& student,              // [B, C, *S]
     const Tensor& teacher,              // [B, C, *S]
     const std::optional<Tensor>& mask,  // [B, *S], boolean, contiguous

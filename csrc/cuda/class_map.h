@@ -43,11 +43,9 @@ __device__ __forceinline__ A not_a_number() {
   return infinity<A>() - infinity<A>();
 }
 
-// Means [B, K, C] and numbers of pixels [B, K].
-std::tuple<Tensor, Tensor> class_means(const Tensor& x, const Tensor& target, int64_t num_classes, int64_t ignore_index);
-
-// shares [B, K, C] = what arrives for a mean over the number of its pixels.
+// shares [B, K, C] = what arrives for a mean, times `factor` if there is one, over the number of its pixels.
 template <typename A>
-void share_out(const A* upstream, const int64_t* counts, int64_t rows, int64_t channels, A* shares, cudaStream_t stream);
+void share_out(const A* upstream, const A* factor, const int64_t* counts, int64_t rows, int64_t channels, A* shares,
+               cudaStream_t stream);
 
 }  // namespace medkd

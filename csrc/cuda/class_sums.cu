@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "class_map.h"
+#include "operators.h"
 #include "pixels.h"
 #include "planes.h"
 #include "room.h"
@@ -150,16 +151,16 @@ __device__ __forceinline__ double add_slots(const ClassMap& map, const double* s
   return sum;
 }
 
-// A block a class. Means, or, with `inverses`, prototypes and the inverses of their norms.
+// A block a class. Means [B, K, width], or, with `inverses`, prototypes and the inverses of their norms.
 template <typename A>
 __global__ void __launch_bounds__(class_threads)
-    finish_means_kernel(const ClassMap map, const double* slots, A* means, int64_t* counts, A* inverses) {
+    finish_means_kernel(const ClassMap map, const double* slots, int64_t width, A* means, int64_t* counts, A* inverses) {
   const double number = add_slots(map, slots, map.channels);
   const double divisor = inverses != nullptr ? number + prototype_epsilon : number > 1 ? number : 1.0;
   double square = 0;
-  for (int64_t c = threadIdx.x; c < map.channels; c += class_threads) {
-    const A mean = static_cast<A>(add_slots(map, slots, c) / divisor);
-    means[blockIdx.x * map.channels + c] = mean;
+  for (int64_t c = threadIdx.x; c < width; c += class_threads) {
+    const A mean = c < map.channels ? static_cast<A>(add_slots(map, slots, c) / divisor) : A(0);
+    means[blockIdx.x * width + c] = mean;
     square += static_cast<double>(mean) * static_cast<double>(mean);
   }
   square = block_sum(square, shared_memory<double>());
@@ -171,10 +172,11 @@ __global__ void __launch_bounds__(class_threads)
 // A block a class.
 template <typename A>
 __global__ void __launch_bounds__(class_threads)
-    shares_kernel(const A* upstream, const int64_t* counts, int64_t channels, A* shares) {
+    shares_kernel(const A* upstream, const A* factor, const int64_t* counts, int64_t channels, A* shares) {
   const int64_t number = counts[blockIdx.x], first = blockIdx.x * channels;
+  const A times = factor == nullptr ? A(1) : *factor;
   for (int64_t c = threadIdx.x; c < channels; c += class_threads)
-    shares[first + c] = upstream[first + c] / static_cast<A>(number > 1 ? number : 1);
+    shares[first + c] = times * upstream[first + c] / static_cast<A>(number > 1 ? number : 1);
 }
 
 // A block a class: what reaches its pixels through the prototype, and the inverse of its norm.
@@ -438,23 +440,22 @@ static void make_means(ClassCall& call, const Tensor& x, const Tensor& means, co
   call.room.take(x);
   call.sums<A>({}, slots);
   launch<finish_means_kernel<A>>(blocks_of(call.map.images * call.map.classes), class_threads, block_sum_bytes, call.stream,
-                                 call.map, slots, static_cast<A*>(means.data_ptr()),
+                                 call.map, slots, means.size(2), static_cast<A*>(means.data_ptr()),
                                  static_cast<int64_t*>(counts.data_ptr()), inverses);
 }
 
 template <typename A>
-void share_out(const A* upstream, const int64_t* counts, int64_t rows, int64_t channels, A* shares, cudaStream_t stream) {
-  launch<shares_kernel<A>>(blocks_of(rows), class_threads, 0, stream, upstream, counts, channels, shares);
+void share_out(const A* upstream, const A* factor, const int64_t* counts, int64_t rows, int64_t channels, A* shares,
+               cudaStream_t stream) {
+  launch<shares_kernel<A>>(blocks_of(rows), class_threads, 0, stream, upstream, factor, counts, channels, shares);
 }
-template void share_out(const float*, const int64_t*, int64_t, int64_t, float*, cudaStream_t);
-template void share_out(const double*, const int64_t*, int64_t, int64_t, double*, cudaStream_t);
+template void share_out(const float*, const float*, const int64_t*, int64_t, int64_t, float*, cudaStream_t);
+template void share_out(const double*, const double*, const int64_t*, int64_t, int64_t, double*, cudaStream_t);
 
-std::tuple<Tensor, Tensor> class_means(
-    const Tensor& x,       // [B, C, *S]
-    const Tensor& target,  // [B, *S], contiguous
-    int64_t num_classes, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> wide_class_means(const Tensor& x, const Tensor& target, int64_t num_classes, int64_t ignore_index,
+                                            int64_t width) {
   ClassCall call(x, target, num_classes, ignore_index);
-  Tensor means = new_like(x, {call.map.images, num_classes, call.map.channels}, call.type);
+  Tensor means = new_like(x, {call.map.images, num_classes, width}, call.type);
   Tensor counts = new_like(x, {call.map.images, num_classes}, ScalarType::Long);
   if (call.type == ScalarType::Double)
     make_means<double>(call, x, means, counts, nullptr);
@@ -463,13 +464,20 @@ std::tuple<Tensor, Tensor> class_means(
   return {means, counts};
 }
 
+static std::tuple<Tensor, Tensor> class_means(
+    const Tensor& x,       // [B, C, *S]
+    const Tensor& target,  // [B, *S], contiguous
+    int64_t num_classes, int64_t ignore_index) {
+  return wide_class_means(x, target, num_classes, ignore_index, x.size(1));
+}
+
 template <typename A>
 static void means_backward(ClassCall& call, const Tensor& x, const Tensor& counts, const Tensor& upstream) {
   A* rest;
   call.room.ask(rest, call.map.images * call.map.classes * call.map.channels);
   call.room.take(x);
-  share_out(static_cast<const A*>(upstream.data_ptr()), static_cast<const int64_t*>(counts.data_ptr()),
-            call.map.images * call.map.classes, call.map.channels, rest, call.stream);
+  share_out<A>(static_cast<const A*>(upstream.data_ptr()), nullptr, static_cast<const int64_t*>(counts.data_ptr()),
+               call.map.images * call.map.classes, call.map.channels, rest, call.stream);
   call.combine<A>({nullptr, nullptr, rest, {}});
 }
 

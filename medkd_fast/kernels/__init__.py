@@ -1,7 +1,6 @@
 """Triton kernels: importing this registers them as torch.ops.medkd_fast.<operator>_triton."""
 
 from medkd_fast.kernels import (  # noqa: F401
-    attention_and_means,
     attention_map,
     average_pool,
     channel_gram,
@@ -11,6 +10,7 @@ from medkd_fast.kernels import (  # noqa: F401
     class_pearson,
     class_similarity,
     decoupled_kl,
+    importance_and_affinity,
     max_pool,
     pixel_affinity,
     pixel_relation,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from medkd_fast import functional
 from medkd_fast.losses import common
@@ -84,32 +83,24 @@ class EMKDLoss(common.DistillationLoss):
                 student, teacher, temperature=self.temperature, target=target, ignore_index=self.ignore_index
             )
         if self.importance_weight or self.region_weight:
-            for s, t in zip(student_features, teacher_features, strict=True):
-                for name, part in self._of_layer(s, t, target).items():
-                    parts[name] = parts[name] + part if name in parts else part
+            layers = [self._of_layer(s, t, target) for s, t in zip(student_features, teacher_features, strict=True)]
+            importance, affinity = zip(*layers, strict=True)
+            if self.importance_weight:
+                parts["importance"] = sum(importance[1:], importance[0])
+            if self.region_weight:
+                parts["region"] = sum(affinity[1:], affinity[0])
         self.parts = {name: part.detach() for name, part in parts.items()}
         return common.weighted_sum(student, {name: (getattr(self, f"{name}_weight"), x) for name, x in parts.items()})
 
-    def _of_layer(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _of_layer(
+        self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor
+    ) -> functional.ImportanceAndAffinity:
         student, teacher = common.to_common_size(student, teacher)
-        labels = common.resized_labels(target, student)
-        (map_s, means_s, counts), (map_t, means_t, _) = (
-            functional.attention_and_means(
-                x, labels, num_classes=self.num_classes, power=self.p, ignore_index=self.ignore_index
-            )
-            for x in (student, teacher)
+        return functional.importance_and_affinity(
+            student,
+            teacher,
+            common.resized_labels(target, student),
+            num_classes=self.num_classes,
+            power=self.p,
+            ignore_index=self.ignore_index,
         )
-        parts = {}
-        there = counts.count_nonzero(1)
-        if self.importance_weight:
-            parts["importance"] = common.squared_difference(map_s, map_t) / there.count_nonzero().clamp(min=1)
-        if self.region_weight:
-            missing = means_t.shape[2] - means_s.shape[2]
-            if missing:  # where one network has fewer features, zeros change no cosine
-                means_s, means_t = F.pad(means_s, (0, max(missing, 0))), F.pad(means_t, (0, max(-missing, 0)))
-            # the classes are the channels of a relation, and those of one that is absent are 0 in both networks
-            squared = functional.channel_relation(means_s, means_t, reduction="none")  # the mean over classes x classes
-            there = there.to(squared.dtype)
-            pairs = there * (there - 1)
-            parts["region"] = squared.dot(self.num_classes**2 / (pairs * pairs.count_nonzero()).clamp(min=1))
-        return parts

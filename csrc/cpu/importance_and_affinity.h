@@ -1,7 +1,8 @@
-// attention_and_means: what attention_map and class_means do, over tiles of pixels that are read once each way. Derivations:
-// medkd_fast/reference/attention_map.py, class_means.py.
+// importance_and_affinity: what attention_map and class_means do, over tiles of pixels that are read once each way. Derivation:
+// medkd_fast/reference/importance_and_affinity.py.
 #pragma once
 
+#include "../math/pixel_relation.h"
 #include "attention_map.h"
 #include "class_means.h"
 
@@ -10,7 +11,7 @@ namespace MEDKD_ISA {
 
 // The energies of a range's pixels, the sum of their squares, and the sums by class (class_sums.h), whose pointer is not moved.
 template <typename A>
-inline void attention_and_class_sums(const ClassFeatures& features, double power, const PixelRange& range, A* energies,
+inline void importance_and_class_sums(const ClassFeatures& features, double power, const PixelRange& range, A* energies,
                                      double* squares, double* sums, PixelSums& bad) {
   const int64_t length = range.end - range.begin;
   for (int64_t p = 0; p < length; ++p) energies[p] = A(0);
@@ -20,6 +21,24 @@ inline void attention_and_class_sums(const ClassFeatures& features, double power
     with_power<A>(power, [&](const auto& of) { add_energies(of, tile.x, tile.ld, tile.channels, tile.length, energy); });
   });
   attention_product(energies, energies, length, squares);
+}
+
+template <typename A>
+inline void importance_compare(A* student, double of_student, const A* teacher, double of_teacher, int64_t count, double share,
+                               A* of_map, double* squares) {
+  double lane[16] = {};
+  const auto of_pixel = [&](int64_t p, int64_t j) {
+    const double energy_s = static_cast<double>(student[p]), energy_t = static_cast<double>(teacher[p]);
+    const double difference = difference_of_products(of_student, energy_s, of_teacher, energy_t);
+    student[p] = static_cast<A>(of_student * energy_s);
+    of_map[p] = static_cast<A>(2 * share * difference);
+    lane[j] += difference * difference;
+  };
+  int64_t p = 0;
+  for (; p + 16 <= count; p += 16)
+    for (int64_t j = 0; j < 16; ++j) of_pixel(p + j, j);
+  for (; p < count; ++p) of_pixel(p, p % 16);
+  *squares = sum_row(lane, 16);
 }
 
 // What a range's pixels get by their classes: table[label[p], c].
@@ -50,10 +69,12 @@ struct AddedByClass {
 
 // `map` and what arrives for it are the image's, [N]; table[label[p], c] is what arrives for channel c of pixel p by its class.
 template <typename A>
-inline void attention_and_means_gradient(const ClassFeatures& features, double power, const PixelRange& range, const A* map,
-                                         const A* upstream, double norm, double product, const A* table) {
+inline void importance_and_affinity_gradient(const ClassFeatures& features, double power, const PixelRange& range,
+                                             const A* map, const A* upstream, double weight, double norm, double product,
+                                             const A* table) {
   const Attention attention{features.map.student, features.map.gradient, nullptr, features.channels, features.map.pixels, power};
-  const AttentionSlope slope = attention_slope(norm, power);
+  AttentionSlope slope = attention_slope(norm, power);
+  slope.factor *= weight;
   alignas(64) A factor[attention_block], keep[attention_block], room[attention_block];
   alignas(64) int32_t label[attention_block], of_block[attention_block / lanes];
   PixelSums bad{};  // the forward has seen them
