@@ -57,11 +57,11 @@ def quantiles(times: list[float]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("key", WORKS)
-def test_operator(key: str, benchmark, limits: dict[str, float]) -> None:
-    compare(key, WORKS[key], benchmark, limits)
+def test_operator(key: str, benchmark, limits: None) -> None:
+    compare(key, WORKS[key], benchmark)
 
 
-def compare(key: str, make: Callable[[], Work], benchmark, limits: dict[str, float]) -> None:
+def compare(key: str, make: Callable[[], Work], benchmark) -> None:
     """Measures the work that `make` makes; `key` is its name for memory.py."""
     torch._dynamo.reset()
     work = make()
@@ -83,12 +83,6 @@ def compare(key: str, make: Callable[[], Work], benchmark, limits: dict[str, flo
                 times[name].append(seconds())
 
     benchmark.pedantic(lambda: times["fused"].append(run["fused"]()), setup=others, rounds=work.rounds, iterations=1)
-    bound = {
-        "memory": work.bytes / limits["copy"],
-        "exp": work.exps / limits["exp"],
-        "gemm": work.flops / limits[work.gemm],
-    }
-    binding = max(bound, key=bound.get)
     ratios = {
         name: [other / own for other, own in zip(values, times["fused"], strict=False)]
         for name, values in times.items()
@@ -101,9 +95,7 @@ def compare(key: str, make: Callable[[], Work], benchmark, limits: dict[str, flo
         ratio={name: {q: v / 1e3 for q, v in quantiles(values).items()} for name, values in ratios.items()},
         peak_bytes=memory.measure(key),
         input_bytes=work.student_bytes,
-        limit_milliseconds=bound[binding] * 1e3,
-        limit_binds=binding,
-        limit_share=bound[binding] / statistics.median(times["fused"]),
+        demands={"memory": (work.bytes, "copy"), "exp": (work.exps, "exp"), "gemm": (work.flops, work.gemm)},
         backend=backend.choose(work.operator, work.student.device.type) if work.operator else "",
         group=work.group,
     )
