@@ -425,12 +425,14 @@ class Directions(NamedTuple):
     length: torch.Tensor  # [B, K]: 1, or less where |m| is
     error: torch.Tensor  # [B, K], L2
     slope: torch.Tensor  # [B, K]: 1 / max(|m|, 1e-12), of the shortest m within its error
+    lost: float  # of a product of two, where it underflows
 
     def cosines(self, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, K, K], and their errors."""
         length = self.length + self.error
         error = self.error.unsqueeze(2) * length.unsqueeze(1)
-        return self.m @ self.m.mT, error + error.mT + unit * self.length.unsqueeze(2) * self.length.unsqueeze(1)
+        error = error + error.mT + unit * self.length.unsqueeze(2) * self.length.unsqueeze(1)
+        return self.m @ self.m.mT, error + self.lost * self.slope.unsqueeze(2) * self.slope.unsqueeze(1)
 
 
 def directions(call: Call, x: torch.Tensor, keep: torch.Tensor, own: torch.Tensor) -> Directions:
@@ -440,8 +442,11 @@ def directions(call: Call, x: torch.Tensor, keep: torch.Tensor, own: torch.Tenso
     means, magnitude = ((y @ own).mT / number for y in (x, x.abs()))
     norm, error = means.norm(dim=2), 2 * unit_of(call) * magnitude.norm(dim=2)
     slope = 1 / (norm - error).clamp(min=1e-12)
+    limits = torch.finfo(torch.float64 if double(call) else torch.float32)
+    lost = x.shape[1] * limits.smallest_normal * limits.eps
     # twice: an error across m, and that of its length
-    return Directions(F.normalize(means, dim=2), (norm / 1e-12).clamp(max=1), 2 * (error * slope).clamp(max=1), slope)
+    error = 2 * (error * slope).clamp(max=1)
+    return Directions(F.normalize(means, dim=2), (norm / 1e-12).clamp(max=1), error, slope, lost)
 
 
 def importance_and_affinity_bounds(call: Call, drawn: Tensors, upstream: torch.Tensor) -> Bounds:
