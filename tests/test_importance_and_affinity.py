@@ -123,6 +123,7 @@ def test_nothing_to_compare(backend: str) -> None:
     assert (value == 0).all() and (gradient == 0).all()
     value, gradient = value_and_gradient(lambda x: both(x, ones, target, 2), zeros)
     assert value[0] == 1 and gradient.isfinite().all()
+    assert both(zeros, ones, torch.zeros_like(target), 2)[1] == 0  # one class alone is no pair, whatever its mean
 
 
 def test_scaled_losses(backend: str) -> None:
