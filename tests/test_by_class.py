@@ -58,10 +58,12 @@ def test_layouts(fused: str, by_class: ByClass, shape: tuple[int, ...]) -> None:
     want = value_and_gradient(lambda x: by_class(x, target, 4), x, upstream)
     got = value_and_gradient(lambda x: by_class(x, target, 4), channels_last(x), upstream)
     assert got[1].stride() == channels_last(x).stride()
-    # tiles of another form: numbers are added in another order, or rounded at other places
-    if fused in EMULATED or by_class.name == "importance_and_affinity":
+    if fused in EMULATED:  # tiles of another form: numbers are added in another order
         assert_close(got[0], want[0], 1e-6)
         assert_close(got[1], want[1], 5e-6)
+    elif by_class.name == "importance_and_affinity":  # of the map's gradient other sums of products are rounded once
+        assert torch.equal(got[0], want[0])
+        assert_close(got[1], want[1], 1e-7)
     else:
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     for other in (wide[..., ::2], x.transpose(2, 3).contiguous().transpose(2, 3)):

@@ -75,12 +75,16 @@ def test_equals_the_formula(
         assert (gradient.movedim(1, -1)[target == IGNORED] == 0).all()
 
 
-TYPES = [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)]
+TYPES = [
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float16),
+]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "of_teacher"), [*TYPES, (torch.float32, torch.float64), (torch.float64, torch.float16)]
-)
+@pytest.mark.parametrize(("dtype", "of_teacher"), TYPES, ids=str)
 def test_types(backend: str, dtype: torch.dtype, of_teacher: torch.dtype) -> None:
     student, teacher = torch.randn(2, 3, 16, 20).to(dtype), torch.randn(2, 4, 16, 20).to(of_teacher)
     target, upstream = labels(student.shape, 4, True), torch.tensor([0.3, 0.7])

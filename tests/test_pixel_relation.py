@@ -102,7 +102,6 @@ def test_memory_does_not_grow_with_the_pairs_of_pixels() -> None:
     # 110,592 pixels: one N x N matrix in fp32 is 49 GB. The gradient alone is 14 MB
     script = """
 import resource, torch
-from medkd_fast.ops.max_pool import max_pool
 from medkd_fast.ops.pixel_relation import pixel_relation
 student, teacher = torch.randn(2, 1, 32, 48, 48, 48)
 student.requires_grad_()
@@ -415,7 +414,6 @@ def test_memory_of_kl_does_not_grow_with_the_pairs_of_pixels() -> None:
     # features of 2 MB; one N x N matrix of an image in fp32 is 64 MB
     script = """
 import resource, torch
-from medkd_fast.ops.max_pool import max_pool
 from medkd_fast.ops.pixel_relation import pixel_relation
 student, teacher = torch.randn(2, 2, 64, 64, 64)
 student.requires_grad_()
