@@ -75,7 +75,8 @@ def test_a_warp_that_the_block_does_not_fill() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threads": 1025}, r"reverse<true>.*: invalid configuration argument \(1 x 1 x 1 blocks of 1025 threads"),
+        ({"blocks": 2**32}, r"reverse<true>.*: invalid configuration argument \(4294967296 x 1 blocks of 64 threads"),
+        ({"threads": 1025}, r"reverse<true>.*: invalid configuration argument \(1 x 1 blocks of 1025 threads"),
         ({"shared_bytes": 300_000}, r"reverse<true>.*: invalid argument .*with 300000 bytes of shared memory"),
     ],
 )
@@ -85,4 +86,4 @@ def test_a_launch_that_cannot_be_names_the_kernel(settings: dict[str, int], mess
 
 
 def test_more_than_48_kib_of_shared_memory() -> None:
-    assert torch.equal(run("reverse<true>", shared_bytes=200_000), torch.arange(64).flip(0).float())
+    assert torch.equal(run("reverse<true>", shared_bytes=99 * 1024), torch.arange(64).flip(0).float())

@@ -31,11 +31,13 @@ struct ApplyPlan {
 template <typename A>
 ApplyPlan apply_plan(int64_t images, int64_t pixels, int64_t rows, int64_t depth, const void* matrices,
                      int64_t matrix_size) {
-  const int64_t all = (rows + reach<A> - 1) / reach<A>;
-  const int64_t tiles = all <= tile_side + 1 ? 1 : (all + tile_side - 1) / tile_side;
-  const int64_t bands = (all + tiles - 1) / tiles;
-  // few rows: more pixels, but no more than shared memory should hold
-  const int64_t panels = std::min<int64_t>(apply_threads / (bands * tile_side), 12);
+  const int64_t all = ceil_div(rows, reach<A>);
+  const int64_t tiles = all <= tile_side + 1 ? 1 : ceil_div(all, tile_side);
+  const int64_t bands = ceil_div(all, tiles);
+  // few rows: more pixels, but no more than shared memory holds
+  constexpr int64_t room = most_shared_bytes / sizeof(A), of_panel = apply_packs * lanes<A> * line_stride<A>;
+  const int64_t fitting = (room - bands * band_stride<A>(apply_packs)) / of_panel;
+  const int64_t panels = std::min({apply_threads / (bands * tile_side), fitting, int64_t{12}});
   return {images, pixels, rows, depth, matrices, matrix_size,
           static_cast<int>(tiles), static_cast<int>(bands), static_cast<int>(panels)};
 }
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(apply_threads, 2) apply_kernel(const Source so
   A* const lines = shared_memory<A>();                    // [panels, depth_step, line_stride]
   A* const matrix = lines + plan.panels * panel_size;     // [bands]
   const int64_t row_tile = blockIdx.x % plan.tiles, span = int64_t{plan.panels} * tile_columns<A>;
-  const int64_t spans = (plan.pixels + span - 1) / span;
+  const int64_t spans = ceil_div(plan.pixels, span);
   const int64_t first = blockIdx.x / plan.tiles % spans * span, image = blockIdx.x / plan.tiles / spans;
   const int64_t first_row = row_tile * rows;
   const A* const from = static_cast<const A*>(plan.matrices) + image * plan.matrix_size;
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(apply_threads, 2) apply_kernel(const Source so
   Square<A> sum;
   clear<A>(sum);
   for (int64_t start = 0; start < plan.depth; start += depth_step) {
-    const int64_t left = (plan.depth - start + width - 1) / width * width;
+    const int64_t left = ceil_div(plan.depth - start, width) * width;
     const int some = left < depth_step ? static_cast<int>(left) : depth_step;
     Walk pixels(some, plan.panels * tile_columns<A> / width, source.rows_inside(), thread, apply_threads);
     for (; pixels.inside(); pixels.next()) {
@@ -120,8 +122,8 @@ void apply_matrix(const Source& source, const ApplyPlan& plan, cudaStream_t stre
                                std::size_t(plan.bands) * band_stride<A>(apply_packs);
   const std::size_t result = std::size_t(plan.bands) * reach<A> * result_stride<A>(plan);
   const int64_t span = int64_t{plan.panels} * tile_columns<A>;
-  const int64_t blocks = plan.images * ((plan.pixels + span - 1) / span) * plan.tiles;
-  launch<apply_kernel<A, Source>>(dim3(static_cast<unsigned>(blocks)), apply_threads,
+  const int64_t blocks = plan.images * ceil_div(plan.pixels, span) * plan.tiles;
+  launch<apply_kernel<A, Source>>({blocks}, apply_threads,
                                   std::max(operands, result) * sizeof(A), stream, source, plan);
 }
 
@@ -130,7 +132,7 @@ template <typename A, typename Change>
 __device__ __forceinline__ void put_tile(const PackedPlanes& to, int64_t image, int64_t first_row, int rows, int64_t pixel,
                                          int length, const A* tile, int64_t stride, const Change& change) {
   constexpr int width = lanes<A>;
-  Walk walk(rows, (length + width - 1) / width, to.channels_inside(), static_cast<int>(threadIdx.x),
+  Walk walk(rows, ceil_div(length, width), to.channels_inside(), static_cast<int>(threadIdx.x),
             static_cast<int>(blockDim.x));
   for (; walk.inside(); walk.next()) {
     const int column = walk.pack() * width;

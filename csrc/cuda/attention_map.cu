@@ -40,13 +40,6 @@ struct AttentionCall {
   int64_t tiles;     // of an image
 };
 
-static dim3 blocks_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("medkd_fast: more pixels than one launch takes");
-  return dim3(static_cast<unsigned>(blocks));
-}
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The sum of an image's slots, in every thread.
 __device__ __forceinline__ double sum_of_slots(const double* slots, int64_t count, double* scratch) {
   double sum = 0;
@@ -421,7 +414,7 @@ static std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<T
   room.ask(squares, call.images * slots);
   room.take(x);
   A* const energies = static_cast<A*>(map.data_ptr());
-  const dim3 grid = blocks_of(call.images * slots);
+  const Blocks grid{call.images * slots};
   constexpr std::size_t scratch = attention_warps * sizeof(double);
   if (call.width == 0)
     launch<energies_of_packs_kernel<A>>(grid, attention_threads, scratch + call.members * call.tile * sizeof(A), stream,
@@ -430,7 +423,7 @@ static std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<T
     launch<energies_of_pixels_kernel<A>>(grid, attention_threads, scratch, stream, call, slots, tiles_of_slot, energies,
                                          squares);
   const int64_t blocks = ceil_div(call.pixels, map_pixels);
-  launch<normalise_kernel<A>>(blocks_of(call.images * blocks), attention_threads, scratch, stream, energies, call.pixels,
+  launch<normalise_kernel<A>>({call.images * blocks}, attention_threads, scratch, stream, energies, call.pixels,
                               blocks, static_cast<const double*>(squares), slots, norm);
   return {map, norms};
 }
@@ -453,10 +446,10 @@ static Tensor backward(const Tensor& x, const std::optional<Tensor>& mask, const
   double* products = nullptr;
   room.ask(products, call.images * slots);
   room.take(x);
-  launch<products_kernel<A>>(blocks_of(call.images * slots), attention_threads, attention_warps * sizeof(double), stream, q,
+  launch<products_kernel<A>>({call.images * slots}, attention_threads, attention_warps * sizeof(double), stream, q,
                              v, call.pixels, slots, products);
   const Arriving<A> arriving{q, v, weight, static_cast<const double*>(norms.data_ptr()), products, slots};
-  const dim3 grid = blocks_of(call.images * call.tiles);
+  const Blocks grid{call.images * call.tiles};
   if (call.width == 0)
     launch<gradient_of_packs_kernel<A, Besides>>(grid, attention_threads, gradient_bytes, stream, call, arriving, besides,
                                                  PackedPlanes(written, lanes<A>));

@@ -57,7 +57,7 @@ static std::tuple<Tensor, Tensor> forward(const ChannelCall& call, const Tensor&
   Tensor state = new_like(x, {call.images, state_rows, call.channels}, ScalarType::Double);
   Room room;
   const ChannelProducts made = channel_products(call, false, room, x, stream);
-  launch<channel_gram_kernel<A>>(dim3(static_cast<unsigned>(call.images)), gram_threads, 0, stream, call.kind,
+  launch<channel_gram_kernel<A>>({call.images}, gram_threads, 0, stream, call.kind,
                                  call.channels, call.rows, made.counts, made.products,
                                  static_cast<const A*>(made.shifts), static_cast<A*>(relation.data_ptr()),
                                  static_cast<double*>(state.data_ptr()));
@@ -74,7 +74,7 @@ static Tensor backward(ChannelCall& call, const Tensor& x, const Tensor& relatio
   room.ask(matrix, call.images * call.rows * call.rows);
   room.take(x);
   launch<channel_gram_backward_kernel<A>>(
-      dim3(static_cast<unsigned>(call.images)), gram_threads, 0, stream, call.kind, call.temperature, call.channels,
+      {call.images}, gram_threads, 0, stream, call.kind, call.temperature, call.channels,
       call.rows, static_cast<const A*>(relation.data_ptr()), static_cast<const double*>(state.data_ptr()),
       static_cast<const A*>(upstream.data_ptr()), v, matrix);
   const Gradient gradient(x);

@@ -219,7 +219,7 @@ template <typename A>
 static ChannelProducts products_as(const ChannelCall& call, bool mean, Room& room, const Tensor& like, cudaStream_t stream) {
   constexpr int64_t part_pixels = 4096;
   const int64_t sets = call.images * call.networks, channels = call.channels;
-  const int64_t parts = std::max<int64_t>((call.pixels + part_pixels - 1) / part_pixels, 1);
+  const int64_t parts = std::max<int64_t>(ceil_div(call.pixels, part_pixels), 1);
   const ProductPlan plan = product_plan<A>(sets, call.pixels, call.rows, 1);
   int64_t* valid = nullptr;
   double* products = nullptr;
@@ -239,13 +239,13 @@ static ChannelProducts products_as(const ChannelCall& call, bool mean, Room& roo
                             call.rows,
                             shifts};
   if (call.kind == ChannelKind::pearson)
-    launch<sample_means_kernel<A>>(dim3(static_cast<unsigned>(sets)), sample_threads, samples * sizeof(int64_t), stream,
+    launch<sample_means_kernel<A>>({sets}, sample_threads, samples * sizeof(int64_t), stream,
                                    rows, shifts);
   if (call.kind == ChannelKind::softmax) {
-    launch<highest_kernel<A>>(dim3(static_cast<unsigned>(sets * parts)), highest_threads, 0, stream, rows, parts,
+    launch<highest_kernel<A>>({sets * parts}, highest_threads, 0, stream, rows, parts,
                               part_pixels, highest);
     launch<highest_of_parts_kernel<A>>(
-        dim3(static_cast<unsigned>((sets * channels + highest_threads - 1) / highest_threads)), highest_threads, 0, stream,
+        {ceil_div(sets * channels, highest_threads)}, highest_threads, 0, stream,
         highest, sets, parts, channels, shifts);
   }
   sum_products<A>(rows, plan, partials, products, stream);

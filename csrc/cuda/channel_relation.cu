@@ -56,7 +56,7 @@ static std::tuple<Tensor, Tensor> forward(const ChannelCall& call, const Tensor&
   room.ask(state, call.images * (call.channels + 2) * call.channels);
   room.ask(values, call.images);
   const ChannelProducts made = channel_products(call, reduction == "mean", room, student, stream);
-  launch<channel_relation_kernel<A>>(dim3(static_cast<unsigned>(call.images)), relation_threads,
+  launch<channel_relation_kernel<A>>({call.images}, relation_threads,
                                      relation_threads / warp_size * sizeof(double), stream, call.kind, divergence,
                                      call.temperature, call.channels, call.rows, made.counts, made.products,
                                      static_cast<const A*>(made.shifts), state, static_cast<A*>(matrix.data_ptr()), values);

@@ -495,7 +495,7 @@ struct PearsonCall {
 template <typename A>
 static void sweep_slots(const PearsonCall& call, int64_t tiles, int64_t tiles_of_block, int64_t blocks, double* slots,
                         cudaStream_t stream) {
-  launch<sweep_slots_kernel<A>>(blocks_of(blocks), direct_threads,
+  launch<sweep_slots_kernel<A>>({blocks}, direct_threads,
                                 pixel_sums_bytes + staged_bytes(staged_classes, direct_threads, sizeof(A)), stream,
                                 call.loss, tiles, tiles_of_block, slots);
 }
@@ -529,7 +529,7 @@ static Tensor class_pearson(
       const DirectLoss direct = call.direct(count);
       const std::size_t staged = staged_bytes(loss.classes, direct_threads * count, sizeof(float));
       over_tiles(loss.images * direct.tiles, [&](int64_t tiles, int64_t tiles_of_block) {
-        launch<register_slots_kernel<most>>(blocks_of(blocks), direct_threads,
+        launch<register_slots_kernel<most>>({blocks}, direct_threads,
                                             pixel_sums_bytes + std::max(staged, call.rows_bytes(count)), stream, direct,
                                             tiles, tiles_of_block, slots);
       });
@@ -539,7 +539,7 @@ static Tensor class_pearson(
       (call.twice ? sweep_slots<double> : sweep_slots<float>)(call, tiles, tiles_of_block, blocks, slots, stream);
     });
   }
-  launch<add_slots_kernel>(blocks_of(ceil_div(size, warp_size)), adding_threads, adding_threads * sizeof(double), stream,
+  launch<add_slots_kernel>({ceil_div(size, warp_size)}, adding_threads, adding_threads * sizeof(double), stream,
                            slots, blocks, size, static_cast<double*>(sums.data_ptr()));
   return sums;
 }
@@ -550,7 +550,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> terms_of(const Tensor& sums, d
   const int64_t classes = (sums.numel() - 2) / sums_of_class;
   Tensor loss = new_like(sums, {}, type), inter = new_like(sums, {}, type), intra = new_like(sums, {}, type);
   Tensor coefficients = new_like(sums, {1 + coefficients_of_class * classes}, ScalarType::Double);
-  launch<terms_kernel<A>>(dim3(1), terms_threads, terms_threads / warp_size * sizeof(double), stream,
+  launch<terms_kernel<A>>({1}, terms_threads, terms_threads / warp_size * sizeof(double), stream,
                           static_cast<const double*>(sums.data_ptr()), classes, inter_weight, intra_weight, temperature,
                           static_cast<A*>(loss.data_ptr()), static_cast<A*>(inter.data_ptr()),
                           static_cast<A*>(intra.data_ptr()), static_cast<double*>(coefficients.data_ptr()));
@@ -567,7 +567,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> class_pearson_terms(
 
 template <typename A>
 static void sweep_gradient(const PearsonCall& call, const double* coefficients, const void* upstream, cudaStream_t stream) {
-  launch<sweep_gradient_kernel<A>>(blocks_of(ceil_div(call.loss.images * call.loss.pixels, direct_threads)), direct_threads,
+  launch<sweep_gradient_kernel<A>>({ceil_div(call.loss.images * call.loss.pixels, direct_threads)}, direct_threads,
                                    0, stream, call.loss, coefficients, static_cast<const A*>(upstream));
 }
 
@@ -588,7 +588,7 @@ static Tensor class_pearson_backward(
     with_classes(call.loss.classes, [&](auto max_classes) {
       constexpr int most = decltype(max_classes)::value, count = pixels_per_thread(most);
       const DirectLoss direct = call.direct(count);
-      launch<register_gradient_kernel<most>>(blocks_of(call.loss.images * direct.tiles), direct_threads,
+      launch<register_gradient_kernel<most>>({call.loss.images * direct.tiles}, direct_threads,
                                              call.loss.classes * sizeof(ClassPart<float>) + call.rows_bytes(count),
                                              stream, direct, of_classes,
                                              static_cast<const float*>(upstream.data_ptr()));

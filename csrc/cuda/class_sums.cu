@@ -205,7 +205,7 @@ struct PackOfPixels {
   int label[lanes<A>];
 
   __device__ explicit PackOfPixels(const ClassMap& map) {
-    const int64_t packs = (map.pixels + lanes<A> - 1) / lanes<A>, blocks = (packs + warp_size - 1) / warp_size;
+    const int64_t packs = ceil_div(map.pixels, lanes<A>), blocks = ceil_div(packs, warp_size);
     image = blockIdx.x / blocks;
     pixel = (blockIdx.x % blocks * warp_size + lane_index()) * lanes<A>;
     count = pixels_in_pack<A>(pixel, map.pixels);
@@ -370,13 +370,6 @@ __global__ void __launch_bounds__(class_threads) combine_pixels_kernel(const Cla
 
 // ---- Launches.
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-static dim3 blocks_of(int64_t x, int64_t y = 1) {
-  if (x > 0x7fffffff || y > 65535) throw std::runtime_error("medkd_fast: more than one launch takes");
-  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
-}
-
 struct ClassCall {
   OnDevice device;
   cudaStream_t stream;
@@ -412,7 +405,7 @@ struct ClassCall {
   template <typename A>
   void sums(const PixelWeights<A>& weights, double* slots) const {
     const int64_t groups = ceil_div(map.channels + more_sums, warp_size);
-    launch<class_sums_kernel<A>>(blocks_of(map.images * map.slots, groups * ceil_div(map.classes, most_classes)),
+    launch<class_sums_kernel<A>>({map.images * map.slots, groups * ceil_div(map.classes, most_classes)},
                                  class_threads, sums_bytes<A>(map.classes), stream, map, weights, groups, slots);
   }
 
@@ -425,9 +418,9 @@ struct ClassCall {
   template <typename A>
   void combine(const Combination<A>& combination) const {
     if (map.gradient.channels_inside())
-      launch<combine_pixels_kernel<A>>(blocks_of(blocks_of_pixels()), class_threads, 0, stream, map, combination);
+      launch<combine_pixels_kernel<A>>({blocks_of_pixels()}, class_threads, 0, stream, map, combination);
     else
-      launch<combine_packs_kernel<A>>(blocks_of(blocks_of_packs<A>()), class_threads, 0, stream, map, combination);
+      launch<combine_packs_kernel<A>>({blocks_of_packs<A>()}, class_threads, 0, stream, map, combination);
   }
 };
 
@@ -439,7 +432,7 @@ static void make_means(ClassCall& call, const Tensor& x, const Tensor& means, co
   call.room.ask(slots, call.slots_size());
   call.room.take(x);
   call.sums<A>({}, slots);
-  launch<finish_means_kernel<A>>(blocks_of(call.map.images * call.map.classes), class_threads, block_sum_bytes, call.stream,
+  launch<finish_means_kernel<A>>({call.map.images * call.map.classes}, class_threads, block_sum_bytes, call.stream,
                                  call.map, slots, means.size(2), static_cast<A*>(means.data_ptr()),
                                  static_cast<int64_t*>(counts.data_ptr()), inverses);
 }
@@ -447,7 +440,7 @@ static void make_means(ClassCall& call, const Tensor& x, const Tensor& means, co
 template <typename A>
 void share_out(const A* upstream, const A* factor, const int64_t* counts, int64_t rows, int64_t channels, A* shares,
                cudaStream_t stream) {
-  launch<shares_kernel<A>>(blocks_of(rows), class_threads, 0, stream, upstream, factor, counts, channels, shares);
+  launch<shares_kernel<A>>({rows}, class_threads, 0, stream, upstream, factor, counts, channels, shares);
 }
 template void share_out(const float*, const float*, const int64_t*, int64_t, int64_t, float*, cudaStream_t);
 template void share_out(const double*, const double*, const int64_t*, int64_t, int64_t, double*, cudaStream_t);
@@ -505,10 +498,10 @@ static void similarity_forward(ClassCall& call, const Tensor& x, const Tensor& m
   const SimilarityOut<A> out{static_cast<A*>(similarity.data_ptr()), static_cast<A*>(inverse.data_ptr())};
   const A* const prototypes = static_cast<const A*>(means.data_ptr());
   if (call.map.x.channels_inside())
-    launch<similarity_pixels_kernel<A>>(blocks_of(call.blocks_of_pixels()), class_threads, 0, call.stream, call.map,
+    launch<similarity_pixels_kernel<A>>({call.blocks_of_pixels()}, class_threads, 0, call.stream, call.map,
                                         prototypes, static_cast<const A*>(inverses), out);
   else
-    launch<similarity_packs_kernel<A>>(blocks_of(call.blocks_of_packs<A>()), class_threads,
+    launch<similarity_packs_kernel<A>>({call.blocks_of_packs<A>()}, class_threads,
                                        class_warps * 2 * lanes<A> * warp_size * sizeof(A), call.stream, call.map,
                                        prototypes, static_cast<const A*>(inverses), out);
 }
@@ -538,7 +531,7 @@ static void similarity_backward(ClassCall& call, const Tensor& x, const Tensor& 
   call.room.take(x);
   const A* const prototypes = static_cast<const A*>(means.data_ptr());
   call.sums<A>(weights, slots);
-  launch<rest_kernel<A>>(blocks_of(call.map.images * call.map.classes), class_threads, block_sum_bytes, call.stream, call.map,
+  launch<rest_kernel<A>>({call.map.images * call.map.classes}, class_threads, block_sum_bytes, call.stream, call.map,
                          static_cast<const double*>(slots), prototypes, static_cast<const int64_t*>(counts.data_ptr()), rest,
                          inverses);
   call.combine<A>({prototypes, inverses, rest, weights});

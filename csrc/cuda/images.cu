@@ -27,7 +27,7 @@ __global__ void count_kernel(const uint8_t* masks, int64_t pixels, int64_t* vali
 }
 
 void count_valid(const uint8_t* mask, int64_t images, int64_t pixels, int64_t* valid, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(images));
+  const Blocks grid{images};
   launch<count_kernel>(grid, count_threads, count_threads / warp_size * sizeof(int64_t), stream, mask, pixels, valid);
 }
 
@@ -51,9 +51,9 @@ template <typename A>
 static void reduce_as(const double* values, int64_t count, int64_t terms, bool each, A* out, cudaStream_t stream) {
   constexpr std::size_t shared = reduce_threads / warp_size * sizeof(double);
   if (each)
-    launch<each_value_kernel<A>>(dim3(static_cast<unsigned>(count)), reduce_threads, shared, stream, values, terms, out);
+    launch<each_value_kernel<A>>({count}, reduce_threads, shared, stream, values, terms, out);
   else
-    launch<sum_values_kernel<A>>(dim3(1), reduce_threads, shared, stream, values, count * terms, out);
+    launch<sum_values_kernel<A>>({1}, reduce_threads, shared, stream, values, count * terms, out);
 }
 
 void reduce_values(const double* values, int64_t count, int64_t terms, const std::string& reduction, const Tensor& loss,

@@ -95,7 +95,7 @@ static Results compare(const Tensor& student, const Tensor& teacher, const Tenso
   Tensor importance = new_like(student, {}, type), affinity = new_like(student, {}, type);
   Tensor of_map = new_like(student, sizes_of(map), type);
   Tensor of_means = new_like(student, {images, num_classes, channels}, type);
-  const int64_t blocks = std::min((pixels + numbers_threads - 1) / numbers_threads, most_slots);
+  const int64_t blocks = std::min(ceil_div(pixels, numbers_threads), most_slots);
   Room room;
   double *of_maps = nullptr, *slots = nullptr;
   A* of_pairs = nullptr;
@@ -103,12 +103,12 @@ static Results compare(const Tensor& student, const Tensor& teacher, const Tenso
   room.ask(slots, blocks);
   room.ask(of_pairs, images);
   room.take(student);
-  launch<image_shares_kernel<A>>(dim3(1), numbers_threads, numbers_bytes, stream,
+  launch<image_shares_kernel<A>>({1}, numbers_threads, numbers_bytes, stream,
                                  static_cast<const int64_t*>(counts.data_ptr()), images, num_classes, of_maps, of_pairs);
-  launch<differences_kernel<A>>(dim3(static_cast<unsigned>(blocks)), numbers_threads, numbers_bytes, stream,
+  launch<differences_kernel<A>>({blocks}, numbers_threads, numbers_bytes, stream,
                                 static_cast<const A*>(map.data_ptr()), static_cast<const A*>(map_t.data_ptr()), pixels,
                                 static_cast<const double*>(of_maps), static_cast<A*>(of_map.data_ptr()), slots);
-  launch<both_numbers_kernel<A>>(dim3(1), numbers_threads, numbers_bytes, stream, static_cast<const double*>(slots), blocks,
+  launch<both_numbers_kernel<A>>({1}, numbers_threads, numbers_bytes, stream, static_cast<const double*>(slots), blocks,
                                  static_cast<const double*>(of_maps), static_cast<const A*>(squared.data_ptr()),
                                  static_cast<const A*>(of_pairs), images, static_cast<A*>(importance.data_ptr()),
                                  static_cast<A*>(affinity.data_ptr()));
@@ -127,7 +127,7 @@ static Results importance_and_affinity(
   const ScalarType type = arithmetic_type(student, teacher);
   Tensor mask = new_like(target, sizes_of(target), ScalarType::Bool);
   const int64_t pixels = target.numel();
-  launch<mask_kernel>(dim3(static_cast<unsigned>((pixels + numbers_threads - 1) / numbers_threads)), numbers_threads, 0,
+  launch<mask_kernel>({ceil_div(pixels, numbers_threads)}, numbers_threads, 0,
                       device.stream(), labels_of(target, num_classes, ignore_index), pixels,
                       static_cast<uint8_t*>(mask.data_ptr()));
   return (type == ScalarType::Double ? compare<double> : compare<float>)(student, teacher, target, mask, num_classes, power,

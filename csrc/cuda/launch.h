@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../math/half.h"
 
@@ -17,17 +18,30 @@ using namespace MEDKD_ISA;  // there is one build of the device's code
 
 constexpr int warp_size = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
+// Of a block, on every GPU from compute capability 8.0 on: 8.6, 8.9 and 12.0 have no more.
+constexpr std::size_t most_shared_bytes = 99 * 1024;
+
+// How many parts of b, the last one perhaps smaller, make a.
+template <typename T>
+__host__ __device__ constexpr T ceil_div(T a, std::common_type_t<T> b) {
+  return (a + b - 1) / b;
+}
+
+// Of a launch. More than CUDA takes is an error in `launch`, where a dim3 would keep the remainder.
+struct Blocks {
+  int64_t x, y = 1;
+};
 
 // Queues kernel(args...); what goes wrong here is thrown with the kernel's name. (What goes wrong while it runs is seen by
 // torch when it synchronises.)
 template <auto kernel, typename... Args>
-inline void launch(dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream, Args... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // more must be asked for, on every device
+inline void launch(Blocks blocks, int threads, std::size_t shared_bytes, cudaStream_t stream, Args... args) {
+  if (blocks.x == 0 || blocks.y == 0) return;
+  cudaError_t error = blocks.x > 0x7fffffff || blocks.y > 0xffff ? cudaErrorInvalidConfiguration : cudaSuccess;
+  if (error == cudaSuccess && shared_bytes > 48 * 1024)  // more must be asked for, on every device
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
+  config.gridDim = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
@@ -35,8 +49,8 @@ inline void launch(dim3 grid, int threads, std::size_t shared_bytes, cudaStream_
   if (error == cudaSuccess) return;
   cudaGetLastError();  // taken notice of
   throw std::runtime_error(std::string(__PRETTY_FUNCTION__) + ": " + cudaGetErrorString(error) + " (" +
-                           std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
-                           " blocks of " + std::to_string(threads) + " threads with " + std::to_string(shared_bytes) +
+                           std::to_string(blocks.x) + " x " + std::to_string(blocks.y) + " blocks of " +
+                           std::to_string(threads) + " threads with " + std::to_string(shared_bytes) +
                            " bytes of shared memory)");
 }
 

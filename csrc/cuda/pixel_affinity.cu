@@ -9,7 +9,7 @@ template <typename A>
 __global__ void __launch_bounds__(pair_threads, 2)
     affinity_kernel(const __grid_constant__ PairNetworks<A> networks, int64_t pixels, A* affinity) {  // [B, N, N]
   A* const shared = shared_memory<A>();
-  const int64_t padded = networks.rows[0].padded, blocks = (padded + pair_rows<A> - 1) / pair_rows<A>;
+  const int64_t padded = networks.rows[0].padded, blocks = ceil_div(padded, pair_rows<A>);
   const int64_t first = blockIdx.x % blocks * pair_rows<A>, image = blockIdx.x / blocks;
   A* const out = affinity + image * pixels * pixels;
   PairTiles<A> tiles(networks, image, first, image, image + 1, shared, first);
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(pair_threads, 2)
                              const A* upstream,  // [B, N, N]
                              A* g) {             // [B, channels, padded]
   A* const shared = shared_memory<A>();
-  const int64_t padded = networks.rows[0].padded, blocks = (padded + pair_rows<A> - 1) / pair_rows<A>;
+  const int64_t padded = networks.rows[0].padded, blocks = ceil_div(padded, pair_rows<A>);
   const int64_t first = blockIdx.x % blocks * pair_rows<A>, image = blockIdx.x / blocks;
   const A* const arriving = upstream + image * pixels * pixels;
   const PairMatrix<A> matrix{shared};
@@ -82,9 +82,7 @@ struct AffinityCall {
   Normalised<A> norms(cudaStream_t stream) const {
     return find_norms(call.student, call.images, call.channels, call.pixels, nullptr, call.kind, mean, inverse, stream);
   }
-  dim3 grid() const {
-    return dim3(static_cast<unsigned>(call.images * ((padded_pixels(call.pixels) + pair_rows<A> - 1) / pair_rows<A>)));
-  }
+  Blocks grid() const { return {call.images * ceil_div(padded_pixels(call.pixels), pair_rows<A>)}; }
 };
 
 template <typename A>

@@ -23,13 +23,6 @@ struct PixelLossTensors {
 constexpr int most_register_classes = 32, finish_threads = 1024, gather_threads = 256;
 constexpr std::size_t scratch_bytes(int threads) { return sums * (threads / warp_size) * sizeof(double); }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline unsigned blocks_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("medkd_fast: more pixels than one launch takes");
-  return static_cast<unsigned>(blocks);
-}
-
 // f(integral constant) with the least number of registers that holds the classes.
 template <typename F>
 void with_classes(int classes, const F& f) {
@@ -64,7 +57,7 @@ void launch_registers(const PixelLoss& loss, int64_t tiles, cudaStream_t stream)
   const bool student_rows = direct.student == Access::rows || direct.gradient == Access::rows;
   const std::size_t shared =
       scratch_bytes(direct_threads) + (student_rows ? rows : 0) + (direct.teacher == Access::rows ? rows : 0);
-  launch<register_kernel<decoupled, max_classes>>(blocks_of(loss.images * tiles), direct_threads, shared, stream, direct);
+  launch<register_kernel<decoupled, max_classes>>({loss.images * tiles}, direct_threads, shared, stream, direct);
 }
 
 inline Axis axis_of(int64_t full, int64_t low, int64_t tiles) {
@@ -77,7 +70,7 @@ inline Axis axis_of(int64_t full, int64_t low, int64_t tiles) {
 // How the pixels of an upsampled student are cut. `bytes` is what a pixel needs of shared memory for one class; a block of at
 // least 64 threads has `budget` of it.
 inline LinesLoss lines_of(const PixelLoss& loss, const Tensor& student, const Tensor& teacher, int64_t bytes) {
-  constexpr int64_t budget = 100 * 1024, enough_blocks = 512;  // enough: two waves of the largest GPU
+  constexpr int64_t budget = most_shared_bytes - 4 * 1024, enough_blocks = 512;  // enough: two waves of the largest GPU
   const int64_t dims = teacher.dim();
   const auto sizes = [&](const Tensor& x, int64_t from_last) { return dims - from_last < 2 ? 1 : x.size(dims - from_last); };
   int64_t threads = most_line_threads;
@@ -99,13 +92,13 @@ void launch_lines(const LinesLoss& lines, int64_t blocks, cudaStream_t stream) {
     if (loss.classes <= most_register_classes)
       return with_classes(loss.classes, [&](auto max_classes) {
         launch<line_register_kernel<decoupled, decltype(max_classes)::value>>(
-            blocks_of(blocks), threads, line_memory_bytes(lines, threads, loss.classes, 3, sizeof(A)), stream, lines);
+            {blocks}, threads, line_memory_bytes(lines, threads, loss.classes, 3, sizeof(A)), stream, lines);
       });
   }
   const std::size_t shared =
       want_gradient ? line_memory_bytes(lines, threads, lines.chunk, 2, sizeof(A)) : scratch_bytes(threads);
-  const unsigned chunks = want_gradient ? static_cast<unsigned>(ceil_div(loss.classes, lines.chunk)) : 1;
-  launch<line_sweep_kernel<decoupled, A>>(dim3(blocks_of(blocks), chunks), threads, shared, stream, lines);
+  const int64_t chunks = want_gradient ? ceil_div(loss.classes, lines.chunk) : 1;
+  launch<line_sweep_kernel<decoupled, A>>({blocks, chunks}, threads, shared, stream, lines);
 }
 
 // `term_count` of the terms are wanted.
@@ -173,7 +166,7 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
       launch_lines<decoupled, A>(lines, blocks, stream);
       if (need_gradient) {
         const int64_t gathering = ceil_div(student.numel(), gather_threads);
-        launch<gather_kernel<A>>(blocks_of(gathering + 1), gather_threads, scratch_bytes(gather_threads), stream, lines,
+        launch<gather_kernel<A>>({gathering + 1}, gather_threads, scratch_bytes(gather_threads), stream, lines,
                                  reduced ? blocks : 0, outputs);
         finished = true;
       }
@@ -191,13 +184,13 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
       make_sums(blocks = ceil_div(loss.images * loss.pixels * (rows ? lanes : 1), direct_threads));
       const std::size_t shared = scratch_bytes(direct_threads);
       if (rows)
-        launch<sweep_kernel<decoupled, lanes, A>>(blocks_of(blocks), direct_threads, shared, stream, loss);
+        launch<sweep_kernel<decoupled, lanes, A>>({blocks}, direct_threads, shared, stream, loss);
       else
-        launch<sweep_kernel<decoupled, 1, A>>(blocks_of(blocks), direct_threads, shared, stream, loss);
+        launch<sweep_kernel<decoupled, 1, A>>({blocks}, direct_threads, shared, stream, loss);
     }
   }
   if (!finished)
-    launch<finish_kernel<A>>(1, finish_threads, scratch_bytes(finish_threads), stream, loss.block_sums,
+    launch<finish_kernel<A>>({1}, finish_threads, scratch_bytes(finish_threads), stream, loss.block_sums,
                              reduced ? blocks : 0, outputs);
   tensors.gradient = gradient.finish();
   return tensors;

@@ -94,7 +94,7 @@ Normalised<A> find_norms(const Planes& planes, int64_t images, int64_t channels,
                          PixelRows kind, A* mean, A* inverse, cudaStream_t stream) {
   const Normalised<A> x{{planes, lanes<A>}, kind, images, channels, pixels, padded_pixels(pixels), mean, inverse};
   const int64_t threads = images * x.padded / lanes<A> * (x.x.channels_inside() ? members : 1);
-  launch<norms_kernel<A>>(dim3(static_cast<unsigned>((threads + norm_threads - 1) / norm_threads)), norm_threads, 0,
+  launch<norms_kernel<A>>({ceil_div(threads, norm_threads)}, norm_threads, 0,
                           stream, x, mask, mean, inverse);
   return x;
 }
@@ -104,7 +104,7 @@ constexpr int store_threads = 256, store_span = 256;
 template <typename A>
 __global__ void __launch_bounds__(store_threads)
     store_through_norms_kernel(const Normalised<A> x, A* g, const PackedPlanes gradient) {
-  const int64_t spans = (x.pixels + store_span - 1) / store_span;
+  const int64_t spans = ceil_div(x.pixels, store_span);
   const int64_t image = blockIdx.x / spans, first = blockIdx.x % spans * store_span;
   const int length = x.pixels - first < store_span ? static_cast<int>(x.pixels - first) : store_span;
   A* const mine = g + image * x.channels * x.padded + first;
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(store_threads)
 
 template <typename A>
 void store_through_norms(const Normalised<A>& x, A* g, const Planes& gradient, cudaStream_t stream) {
-  const int64_t blocks = x.images * ((x.pixels + store_span - 1) / store_span);
-  launch<store_through_norms_kernel<A>>(dim3(static_cast<unsigned>(blocks)), store_threads, 0, stream, x, g,
+  const int64_t blocks = x.images * ceil_div(x.pixels, store_span);
+  launch<store_through_norms_kernel<A>>({blocks}, store_threads, 0, stream, x, g,
                                         PackedPlanes(gradient, lanes<A>));
 }
 

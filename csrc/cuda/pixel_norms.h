@@ -9,7 +9,7 @@
 namespace medkd {
 
 constexpr int64_t padded_to = 64;
-inline int64_t padded_pixels(int64_t pixels) { return (pixels + padded_to - 1) / padded_to * padded_to; }
+inline int64_t padded_pixels(int64_t pixels) { return ceil_div(pixels, padded_to) * padded_to; }
 
 inline PixelRows pixel_rows_of(const std::string& relation) {
   return relation == "gram" ? PixelRows::gram : relation == "pearson" ? PixelRows::pearson : PixelRows::cosine;

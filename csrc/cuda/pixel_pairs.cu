@@ -9,7 +9,7 @@ template <typename A>
 __global__ void __launch_bounds__(turn_threads) make_rows_kernel(const Normalised<A> x, int64_t depth, A* rows) {
   constexpr int width = lanes<A>, stride = turn_pixels + width;
   A* const tile = shared_memory<A>();  // [turn_channels, stride]
-  const int64_t parts = (depth + turn_channels - 1) / turn_channels, tiles = x.padded / turn_pixels;
+  const int64_t parts = ceil_div(depth, turn_channels), tiles = x.padded / turn_pixels;
   const int64_t channel = blockIdx.x % parts * turn_channels, pixel = blockIdx.x / parts % tiles * turn_pixels;
   const int64_t image = blockIdx.x / parts / tiles;
   Walk walk(turn_channels, turn_pixels / width, x.x.channels_inside(), static_cast<int>(threadIdx.x), turn_threads);
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(turn_threads) make_rows_kernel(const Normalise
 template <typename A>
 UnitRows<A> make_rows(const Normalised<A>& x, A* rows, cudaStream_t stream) {
   const int depth = row_depth<A>(x.channels);
-  const int64_t parts = (depth + turn_channels - 1) / turn_channels;
-  launch<make_rows_kernel<A>>(dim3(static_cast<unsigned>(x.images * (x.padded / turn_pixels) * parts)), turn_threads,
+  const int64_t parts = ceil_div(depth, turn_channels);
+  launch<make_rows_kernel<A>>({x.images * (x.padded / turn_pixels) * parts}, turn_threads,
                               turn_channels * (turn_pixels + lanes<A>)*sizeof(A), stream, x, depth, rows);
   return {rows, x.padded, depth};
 }

@@ -16,7 +16,7 @@ constexpr int pair_columns = tile_columns<A>;
 template <typename A>
 constexpr int pair_rows = 2 * tile_columns<A>;
 constexpr int pair_bands = 2 * tile_side;
-constexpr int pair_packs = 8;  // of the channels, in a step
+constexpr int pair_packs = 6;  // of the channels, in a step: with more the gradient's memory is not on every GPU
 
 // One network's pixels: [B, padded, depth], zeros where a channel or a pixel is not there or does not count.
 template <typename A>
@@ -37,7 +37,7 @@ struct PairNetworks {
 
 template <typename A>
 int row_depth(int64_t channels) {
-  return static_cast<int>((channels + lanes<A> - 1) / lanes<A> * lanes<A>);
+  return static_cast<int>(ceil_div(channels, lanes<A>) * lanes<A>);
 }
 
 // rows: [B, padded, row_depth].

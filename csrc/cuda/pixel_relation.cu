@@ -147,7 +147,7 @@ static std::tuple<Tensor, Tensor> forward(const PixelCall& call, const Tensor& s
                                           const std::string& reduction, cudaStream_t stream) {
   const int64_t images = call.images, depth = 2 * call.widest;
   const bool pairs = across_images && reduction == "none";
-  const unsigned blocks = static_cast<unsigned>((call.widest + rows_per_block - 1) / rows_per_block);
+  const int64_t blocks = ceil_div(call.widest, rows_per_block);
   Tensor matrix = new_like(student, {images, call.channels, depth}, call.type);
   std::vector<int64_t> size;
   if (reduction == "none") size.assign(across_images ? 2 : 1, images);
@@ -169,18 +169,18 @@ static std::tuple<Tensor, Tensor> forward(const PixelCall& call, const Tensor& s
   const PixelRowsOfBoth<A> rows{norms.student(call, stream), norms.teacher(call, stream), call.widest};
   sum_products<A>(rows, plan, partials, products, stream);
   constexpr std::size_t shared = row_threads / warp_size * sizeof(double);
-  launch<pixel_rows_kernel<A>>(dim3(static_cast<unsigned>(images), blocks), row_threads, shared, stream, products, counts,
+  launch<pixel_rows_kernel<A>>({images, blocks}, row_threads, shared, stream, products, counts,
                                across_images, call.channels, call.widest, static_cast<A*>(matrix.data_ptr()), values);
   if (!across_images) {
     reduce_values(values, images, blocks, reduction, loss, stream);
   } else if (pairs) {
-    launch<pixel_pairs_kernel>(dim3(static_cast<unsigned>(images * images), blocks), row_threads, shared, stream, products,
+    launch<pixel_pairs_kernel>({images * images, blocks}, row_threads, shared, stream, products,
                                counts, images, call.widest, values);
     reduce_values(values, images * images, blocks, reduction, loss, stream);
   } else {  // the value is quadratic in the sums: that of the images' weighted sum is the sum over all pairs
-    launch<shared_products_kernel>(dim3(static_cast<unsigned>((depth * depth + row_threads - 1) / row_threads)),
+    launch<shared_products_kernel>({ceil_div(depth * depth, row_threads)},
                                    row_threads, shared, stream, products, counts, depth * depth, total);
-    launch<pixel_pairs_kernel>(dim3(1, blocks), row_threads, shared, stream, total, counts, int64_t{0}, call.widest,
+    launch<pixel_pairs_kernel>({1, blocks}, row_threads, shared, stream, total, counts, int64_t{0}, call.widest,
                                values);
     reduce_values(values, 1, blocks, reduction, loss, stream);
   }
@@ -222,7 +222,7 @@ static Tensor backward(PixelCall& call, const Tensor& student, const Tensor& mat
   if (across_images) {
     const int64_t stride_a = upstream.dim() > 0 ? upstream.stride(0) : 0;
     const int64_t stride_b = upstream.dim() > 0 ? upstream.stride(1) : 0;
-    launch<mix_kernel<A>>(dim3(static_cast<unsigned>(images), static_cast<unsigned>((size + row_threads - 1) / row_threads)),
+    launch<mix_kernel<A>>({images, ceil_div(size, row_threads)},
                           row_threads, row_threads / warp_size * sizeof(int64_t), stream, matrices, counts, size, factors,
                           stride_a, stride_b, mixed);
   }

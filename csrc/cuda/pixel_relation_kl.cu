@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(pair_threads, 2)
                     A* rows,           // [B, columns, 4, padded]
                     double* values) {  // [B, columns, blocks of an image]
   A* const shared = shared_memory<A>();
-  const int64_t blocks = (settings.padded + pair_rows<A> - 1) / pair_rows<A>, columns = settings.columns();
+  const int64_t blocks = ceil_div(settings.padded, pair_rows<A>), columns = settings.columns();
   const int64_t first = blockIdx.x % blocks * pair_rows<A>, pair = blockIdx.x / blocks;
   const int64_t a = pair / columns, b = settings.across_images ? pair % columns : a;
   const int column = static_cast<int>(threadIdx.x) % tile_side, band = static_cast<int>(threadIdx.x) / tile_side;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(pair_threads, 2)
                          const A* upstream, int64_t stride_a, int64_t stride_b,
                          A* g) {  // [B, channels, padded]
   A* const shared = shared_memory<A>();
-  const int64_t padded = settings.padded, blocks = (padded + pair_rows<A> - 1) / pair_rows<A>;
+  const int64_t padded = settings.padded, blocks = ceil_div(padded, pair_rows<A>);
   const int64_t first = blockIdx.x % blocks * pair_rows<A>, a = blockIdx.x / blocks;
   const int64_t begin = settings.across_images ? 0 : a, end = settings.across_images ? settings.images : a + 1;
   const int column = static_cast<int>(threadIdx.x) % tile_side, band = static_cast<int>(threadIdx.x) / tile_side;
@@ -344,7 +344,7 @@ struct PairCall {
     room.ask(teacher_rows, call.images * settings.padded * row_depth<A>(call.teacher_channels));
   }
 
-  int64_t blocks() const { return (settings.padded + pair_rows<A> - 1) / pair_rows<A>; }
+  int64_t blocks() const { return ceil_div(settings.padded, pair_rows<A>); }
 };
 
 template <typename A>
@@ -365,7 +365,7 @@ static std::tuple<Tensor, Tensor> forward(PairCall<A> call, const Tensor& studen
   settings.counts = call.memory.count(call.call, reduction == "mean", stream);
   const Normalised<A> s = call.memory.student(call.call, stream), t = call.memory.teacher(call.call, stream);
   const PairNetworks<A> networks{{make_rows(s, call.student_rows, stream), make_rows(t, call.teacher_rows, stream)}, 2};
-  const dim3 grid(static_cast<unsigned>(images * columns * blocks));
+  const Blocks grid{images * columns * blocks};
   constexpr std::size_t shared = (PairTiles<A>::elements + PairMatrix<A>::elements) * sizeof(A);
   A* const out = static_cast<A*>(rows.data_ptr());
   if (settings.bounded)
@@ -391,10 +391,11 @@ static Tensor backward(PairCall<A> call, const Tensor& student, const Tensor& ro
   const PairNetworks<A> networks{{make_rows(s, call.student_rows, stream), make_rows(t, call.teacher_rows, stream)}, 2};
   const int64_t stride_a = upstream.dim() > 0 ? upstream.stride(0) : 0;
   const int64_t stride_b = upstream.dim() > 1 ? upstream.stride(1) : 0;
-  const dim3 grid(static_cast<unsigned>(settings.images * call.blocks()));
+  const Blocks grid{settings.images * call.blocks()};
   constexpr std::size_t shared =
       (PairTiles<A>::elements + PairMatrix<A>::elements + PairGradient<A>::elements) * sizeof(A) +
       pair_rows<A> * sizeof(RowFactors<A>);
+  static_assert(shared <= most_shared_bytes);
   const A* const kept = static_cast<const A*>(rows.data_ptr());
   const A* const arriving = static_cast<const A*>(upstream.data_ptr());
   if (settings.bounded)

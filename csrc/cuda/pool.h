@@ -82,7 +82,7 @@ struct PoolTile {
   unsigned image, channel, first;
 
   explicit __device__ __forceinline__ PoolTile(const PoolCall& call) {
-    const unsigned groups = (call.channels + pool_tile - 1) / pool_tile, tiles = (call.windows + pool_tile - 1) / pool_tile;
+    const unsigned groups = ceil_div(call.channels, pool_tile), tiles = ceil_div(call.windows, pool_tile);
     const unsigned rest = blockIdx.x / tiles;
     first = (blockIdx.x - rest * tiles) * pool_tile;
     image = rest / groups;
@@ -98,11 +98,7 @@ struct PoolTile {
 // Shared memory of a tile: no two threads that go along either side meet in a bank.
 constexpr int tile_stride = pool_tile + 1;
 
-inline dim3 grid_of(int64_t work, int64_t of_block) {
-  const int64_t blocks = (work + of_block - 1) / of_block;
-  if (blocks > 0x7fffffff) throw std::runtime_error("medkd_fast: more pixels than one launch takes");
-  return dim3(static_cast<unsigned>(blocks));
-}
+inline Blocks grid_of(int64_t work, int64_t of_block) { return {ceil_div(work, of_block)}; }
 
 // Whether every line of pixels is a whole number of aligned packs of 16 bytes, in windows of two.
 template <typename T>
@@ -114,8 +110,8 @@ bool lines_in_packs(const PoolCall& call) {
          reinterpret_cast<uintptr_t>(call.pooled) % 16 == 0;
 }
 
-inline dim3 tiles_of(const PoolCall& call) {
-  const int64_t groups = (call.channels + pool_tile - 1) / pool_tile, tiles = (call.windows + pool_tile - 1) / pool_tile;
+inline Blocks tiles_of(const PoolCall& call) {
+  const int64_t groups = ceil_div(call.channels, pool_tile), tiles = ceil_div(call.windows, pool_tile);
   return grid_of(call.planes / call.channels * groups * tiles, 1);
 }
 
@@ -164,7 +160,7 @@ inline PoolCall call_of(const Tensor& x, const std::vector<int64_t>& window, std
   const int64_t axes = x.dim() - 2, planes = x.size(0) * x.size(1);
   for (int64_t d = 0; d < 3; ++d) {
     const int64_t axis = d - 3 + axes, size = axis < 0 ? 1 : x.size(axis + 2), step = axis < 0 ? 1 : window[axis];
-    const int64_t number = (size + step - 1) / step;
+    const int64_t number = ceil_div(size, step);
     call.size[d] = static_cast<int>(size);
     call.window[d] = static_cast<int>(step);
     call.pooled_size[d] = static_cast<int>(number);

@@ -47,21 +47,21 @@ ProductPlan product_plan(int64_t sets, int64_t pixels, int64_t units, int rows_p
   plan.pixels = pixels;
   plan.rows = units * rows_per_unit;
   // one unit more than fits is still one tile: a row of ones beside 64 channels
-  plan.tiles = units <= most_units + 1 ? 1 : static_cast<int>((units + most_units - 1) / most_units);
-  plan.tile_units = static_cast<int>((units + plan.tiles - 1) / plan.tiles);
+  plan.tiles = units <= most_units + 1 ? 1 : static_cast<int>(ceil_div(units, most_units));
+  plan.tile_units = static_cast<int>(ceil_div(units, plan.tiles));
   plan.tile_rows = plan.tile_units * rows_per_unit;
-  plan.bands = (plan.tile_rows + reach<A> - 1) / reach<A>;
+  plan.bands = ceil_div(plan.tile_rows, reach<A>);
   // as many packs as the threads' registers hold, the same number for every group of threads
   const int rows = (plan.tiles > 1 ? 2 : 1) * plan.bands * reach<A>;
   const int groups = product_threads / squares_of(plan.bands, plan.tiles == 1);
   const int fitting = packs_per_thread * product_threads / rows;
   plan.packs = std::max(fitting / groups * groups, std::min(fitting, groups));
-  const int64_t chunk = int64_t{plan.packs} * lanes<A>, chunks = std::max<int64_t>((pixels + chunk - 1) / chunk, 1);
+  const int64_t chunk = int64_t{plan.packs} * lanes<A>, chunks = std::max<int64_t>(ceil_div(pixels, chunk), 1);
   // about 2048 blocks of at least two chunks
   const int64_t wanted = 2048 / std::max<int64_t>(sets * plan.pairs(), 1);
   const int64_t parts = std::clamp<int64_t>(wanted, 1, (chunks + 1) / 2);
-  plan.chunks_per_part = (chunks + parts - 1) / parts;
-  plan.parts = (chunks + plan.chunks_per_part - 1) / plan.chunks_per_part;
+  plan.chunks_per_part = ceil_div(chunks, parts);
+  plan.parts = ceil_div(chunks, plan.chunks_per_part);
   return plan;
 }
 
@@ -224,10 +224,10 @@ template <typename A, typename Source>
 void sum_products(const Source& source, const ProductPlan& plan, A* partials, double* products, cudaStream_t stream) {
   const std::size_t tiles = (plan.tiles > 1 ? 4 : 2) * static_cast<std::size_t>(plan.bands) * band_stride<A>(plan.packs);
   const std::size_t entries = std::size_t{product_threads} * reach<A> * reach<A>;
-  launch<products_kernel<A, Source>>(dim3(static_cast<unsigned>(plan.blocks())), product_threads,
+  launch<products_kernel<A, Source>>({plan.blocks()}, product_threads,
                                      std::max(tiles, entries) * sizeof(A), stream, source, plan, partials);
   const int64_t count = plan.sets * plan.pairs() * pair_size<A>(plan);
-  launch<gather_kernel<A, Source>>(dim3(static_cast<unsigned>((count + gather_threads - 1) / gather_threads)),
+  launch<gather_kernel<A, Source>>({ceil_div(count, gather_threads)},
                                    gather_threads, 0, stream, source, plan, partials, products);
 }
 

@@ -43,7 +43,7 @@ static void scale_in_place(const Tensor& gradient, const Tensor& upstream, const
   const int64_t count = gradient.numel(), past = reinterpret_cast<uintptr_t>(values) % 16 / sizeof(T);
   const int64_t head = past == 0 ? 0 : std::min<int64_t>(pack_of<T> - past, count);
   const int64_t blocks = std::min<int64_t>(count / pack_of<T> / threads + 1, 1 << 20);
-  launch<scale_kernel<T, A>>(dim3(static_cast<unsigned>(blocks)), threads, 0, stream, values, count, head,
+  launch<scale_kernel<T, A>>({blocks}, threads, 0, stream, values, count, head,
                              Scalar(upstream), Scalar(scale));
 }
 

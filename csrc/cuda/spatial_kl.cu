@@ -39,11 +39,7 @@ struct SpatialCall {
   int64_t groups;    // blocks for the channels of a piece, where they lie side by side
 
   int64_t rows() const { return images * channels; }
-  dim3 grid() const {
-    const int64_t blocks = width == 0 ? rows() * pieces : images * pieces * groups;
-    if (blocks > 0x7fffffff) throw std::runtime_error("medkd_fast: more pixels than one launch takes");
-    return dim3(static_cast<unsigned>(blocks));
-  }
+  Blocks grid() const { return {width == 0 ? rows() * pieces : images * pieces * groups}; }
 };
 
 // What of which row a block takes, or, where channels lie side by side, a thread.
@@ -368,15 +364,15 @@ static SpatialCall spatial_call(const Tensor& student, const Tensor& teacher, co
   if (call.student.channels_inside()) {
     call.threads = row_threads;
     for (call.width = 1; call.width < warp_size && call.width < call.channels;) call.width *= 2;
-    call.groups = (call.channels + call.width - 1) / call.width;
+    call.groups = ceil_div(call.channels, call.width);
     call.piece = int64_t{row_threads / call.width} * channel_pixels;
   } else {
     constexpr int64_t own = row_packs * lanes<A>;
-    const int64_t warps = (call.pixels + own * warp_size - 1) / (own * warp_size);
+    const int64_t warps = ceil_div(call.pixels, own * warp_size);
     call.threads = static_cast<int>(std::clamp<int64_t>(warps, 1, row_threads / warp_size)) * warp_size;
     call.piece = call.threads * own;
   }
-  call.pieces = (call.pixels + call.piece - 1) / call.piece;
+  call.pieces = ceil_div(call.pixels, call.piece);
   return call;
 }
 
@@ -408,7 +404,7 @@ static std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& t
   else
     launch<pieces_of_channels_kernel<A>>(call.grid(), call.threads, row_threads * sizeof(RowPiece), stream, call, pieces);
   constexpr int rows_of_block = row_threads / warp_size;
-  launch<join_pieces_kernel<A>>(dim3(static_cast<unsigned>((call.rows() + rows_of_block - 1) / rows_of_block)), row_threads,
+  launch<join_pieces_kernel<A>>({ceil_div(call.rows(), rows_of_block)}, row_threads,
                                 rows_of_block * sizeof(int64_t), stream, pieces, call.pieces, call.channels, temperature,
                                 Images{valid, call.images, call.pixels, reduction == "mean"},
                                 static_cast<A*>(rows.data_ptr()), values);

@@ -37,10 +37,7 @@ struct MomentCall {
   int64_t slots;
 
   int64_t tiles() const { return images * tiles_of_image; }
-  dim3 grid(int64_t blocks) const {
-    if (blocks * groups > 0x7fffffff) throw std::runtime_error("medkd_fast: more pixels than one launch takes");
-    return dim3(static_cast<unsigned>(blocks * groups));
-  }
+  Blocks grid(int64_t blocks) const { return {blocks * groups}; }
 };
 
 // A block's tile, or, where channels lie side by side, a thread's part of it. Tiles are counted over all images.
@@ -316,8 +313,6 @@ __global__ void __launch_bounds__(moment_threads)
   }
 }
 
-static int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename A>
 static MomentCall moment_call(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
                               std::vector<Tensor>& holder) {
@@ -331,18 +326,18 @@ static MomentCall moment_call(const Tensor& student, const Tensor& teacher, cons
   if (call.student.channels_inside()) {
     call.threads = moment_threads;
     for (call.width = 1; call.width < warp_size && call.width < call.channels;) call.width *= 2;
-    call.groups = divided_up(call.channels, call.width);
+    call.groups = ceil_div(call.channels, call.width);
     call.tile = int64_t{moment_threads / call.width} * moment_batches * moment_batch<A>;
   } else {
     constexpr int64_t own = moment_packs * lanes<A>;
-    call.threads = static_cast<int>(std::clamp<int64_t>(divided_up(call.pixels, own * warp_size), 1,
+    call.threads = static_cast<int>(std::clamp<int64_t>(ceil_div(call.pixels, own * warp_size), 1,
                                                         moment_threads / warp_size)) * warp_size;
     call.groups = call.channels;
     call.tile = call.threads * own;
   }
-  call.tiles_of_image = divided_up(call.pixels, call.tile);
-  call.tiles_of_block = std::clamp<int64_t>(divided_up(call.tiles() * call.groups, enough_blocks), 1, most_tiles);
-  call.slots = divided_up(call.tiles(), call.tiles_of_block);
+  call.tiles_of_image = ceil_div(call.pixels, call.tile);
+  call.tiles_of_block = std::clamp<int64_t>(ceil_div(call.tiles() * call.groups, enough_blocks), 1, most_tiles);
+  call.slots = ceil_div(call.tiles(), call.tiles_of_block);
   return call;
 }
 
@@ -367,7 +362,7 @@ static Tensor moments_of(const Tensor& student, const Tensor& teacher, const std
   else
     launch<moments_of_channels_kernel<A>>(call.grid(call.slots), call.threads, moments * moment_threads * sizeof(double),
                                           stream, call, slots);
-  launch<add_moment_slots_kernel>(dim3(static_cast<unsigned>(divided_up(size, moment_threads / warp_size))), moment_threads,
+  launch<add_moment_slots_kernel>({ceil_div(size, moment_threads / warp_size)}, moment_threads,
                                   0, stream, slots, call.slots, size, valid, call.images, call.pixels,
                                   static_cast<double*>(sums.data_ptr()));
   return sums;
@@ -387,7 +382,7 @@ template <typename A>
 static std::tuple<Tensor, Tensor> terms_of(const Tensor& sums, ScalarType type, cudaStream_t stream) {
   const int64_t channels = (sums.numel() - 1) / moments;
   Tensor loss = new_like(sums, {}, type), coefficients = new_like(sums, {4 * channels}, ScalarType::Double);
-  launch<standardised_terms_kernel<A>>(dim3(1), moment_threads, moment_threads / warp_size * sizeof(double), stream,
+  launch<standardised_terms_kernel<A>>({1}, moment_threads, moment_threads / warp_size * sizeof(double), stream,
                                        static_cast<const double*>(sums.data_ptr()), channels,
                                        static_cast<A*>(loss.data_ptr()), static_cast<double*>(coefficients.data_ptr()));
   return {loss, coefficients};

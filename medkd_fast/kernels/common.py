@@ -1,12 +1,14 @@
-"""What every Triton launcher needs: its name among torch's operators, and its device."""
+"""What every Triton launcher needs: its name among torch's operators, its device, and how much memory a program has there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
+import triton
+from triton.runtime import driver
 
 _LIBRARY = torch.library.Library("medkd_fast", "FRAGMENT")
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
@@ -30,3 +32,13 @@ def operator(*, mutates: tuple[str, ...] = ()) -> Callable[[Launcher], Launcher]
         return launch
 
     return register
+
+
+def roomy() -> bool:
+    """Whether a program has 160 KiB of shared memory, as with compute capability 8.0, 9.0 and 10.0; with 8.6, 8.9 and 12.0 it has 99."""
+    return not triton.knobs.runtime.interpret and _shared_bytes(driver.active.get_current_device()) >= 160 * 1024
+
+
+@cache
+def _shared_bytes(device: int) -> int:
+    return driver.active.utils.get_device_properties(device)["max_shared_mem"]

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.common import operator, roomy
 from medkd_fast.kernels.pixel_images import add_values, image_pixels, image_share, pixels_of
 from medkd_fast.kernels.pixel_rows import Rows, finish, normalise, prepare
 from medkd_fast.kernels.planes import gradient_like, planes_of
@@ -427,7 +427,7 @@ def pixel_relation(
         FUSED=fused,
         SLOT=SLOT,
         BLOCK_C=BLOCK_C,
-        BLOCK_P=32,
+        BLOCK_P=16 if double and not roomy() else 32,
         PRECISION="ieee" if double else "tf32x3",
         num_stages=2,
         enable_fp_fusion=False,
@@ -513,7 +513,7 @@ def pixel_relation_backward(
         FUSED=fused,
         PART=PART,
         BLOCK_C=BLOCK_C,
-        BLOCK_P=32 if double else 64,
+        BLOCK_P=(32 if double else 64) // (1 if roomy() else 2),
         PRECISION="ieee" if double else "tf32x3",
         num_stages=2,
         enable_fp_fusion=False,

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.common import operator, roomy
 from medkd_fast.kernels.pixel_images import add_values, image_share, image_weight, pixels_of
 from medkd_fast.kernels.pixel_rows import Rows, finish, prepare
 from medkd_fast.reference.common import arithmetic
@@ -366,7 +366,7 @@ def plan_of(
     s, t = (prepare(x, mask, relation, type) for x in (student, teacher))
     double, half = type == torch.float64, s.raw and t.raw
     BLOCK_I, BLOCK_J = (64, 32) if double else (128, 64) if half else (64, 64)
-    most = 32 if double else 128 if half else 64
+    most = 32 if double else 128 if half and roomy() else 64
     padded = triton.cdiv(pixels_of(student), 64) * 64
     flags = {
         "ACROSS": across_images,

@@ -59,7 +59,7 @@ static void run(const std::string& name, Tensor out, int64_t blocks, int64_t thr
   const OnDevice device(out);
   float* data = static_cast<float*>(out.data_ptr());
   const auto go = [&](auto kernel) {
-    launch<decltype(kernel)::value>(dim3(static_cast<unsigned>(blocks)), static_cast<int>(threads),
+    launch<decltype(kernel)::value>({blocks}, static_cast<int>(threads),
                                     static_cast<std::size_t>(shared_bytes), device.stream(), data, shared_bytes);
   };
 #define MEDKD_KERNEL(...) \
