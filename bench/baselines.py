@@ -41,7 +41,7 @@ def plain_decoupled_kl(
     """Log-odds and logsumexp in the layout of the maps."""
     s, t = upsampled(student, teacher) / temperature, teacher / temperature
     index = target.unsqueeze(1)
-    own = torch.arange(s.shape[1]).view(-1, *[1] * (s.dim() - 2)) == index
+    own = torch.arange(s.shape[1], device=s.device).view(-1, *[1] * (s.dim() - 2)) == index
     log_sum_s, log_sum_t = (x.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True) for x in (s, t))
     d_s, d_t = s.gather(1, index) - log_sum_s, t.gather(1, index) - log_sum_t
     b = torch.sigmoid(d_t)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 LIMITS = pytest.StashKey[dict[str, float]]()
+#: After so many seconds no work is begun: a run that is killed writes no results.
+DEADLINE = time.monotonic() + float(os.environ.get("BENCH_SECONDS", "inf"))
 
 
 @pytest.fixture
 def limits(request: pytest.FixtureRequest) -> None:
     """Measured anew before every work on a CPU, where others may run in the meantime: the highest rates are the machine's."""
+    if time.monotonic() > DEADLINE:
+        pytest.skip("no time is left (BENCH_SECONDS)")
     before = request.config.stash.get(LIMITS, {})
     if not (before and machine.GPU):
         found = machine.limits()

@@ -343,6 +343,7 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "pixel_relation_bf16": lambda: relation("pixel_relation", (16, 64, 128, 128), dtype=BF16),
     "pixel_relation_kl_bf16": lambda: relation("pixel_relation", (4, 64, 128, 128), divergence="kl", dtype=BF16),
     "pixel_relation_kl_volume": volume,
+    **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
     "standardised_mse": lambda: standardised((16, 64, 128, 128)),
     "standardised_mse_bf16": lambda: standardised((16, 64, 128, 128), dtype=BF16),
     "attention_map": lambda: attention((16, 64, 128, 128)),
@@ -357,6 +358,5 @@ GPU_WORKS: dict[str, Callable[[], Work]] = {
     "max_pool_bf16": lambda: pool("max_pool", (16, 64, 128, 128), dtype=BF16),
     "average_pool": lambda: pool("average_pool", (16, 64, 128, 128)),
     "average_pool_bf16": lambda: pool("average_pool", (16, 64, 128, 128), dtype=BF16),
-    **{f"{name}_host": partial(host, partial(make, (1, 4, 64, 64))) for name, make in SMALL.items()},
 }
 WORKS = GPU_WORKS if machine.GPU else CPU_WORKS
