@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 
 #: Names that `set_backend` takes.
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
-#: Operators and, fastest first, the fused backends that have them by device type. (CPU: one backend, nothing to measure.)
+#: Operators and, fastest first where there is much to do, the fused backends that have them by device type. (CPU: one backend, nothing to measure.)
 OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoupled_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "class_kl": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
@@ -36,6 +37,11 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "max_pool": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
     "average_pool": {"cpu": ("cpp",), "cuda": ("triton", "cuda")},
 }
+
+
+#: Work up to which a GPU waits for its host to launch kernels, in numbers read or 32 multiply-adds, which take as long: a host
+#: launches CUDA C++ in a third of the time that it needs for Triton (bench/README.md).
+HOST_BOUND = 1 << 22
 
 
 def _load(part: str) -> str:
@@ -112,12 +118,14 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def choose(operator: str, device_type: str) -> str:
-    """The backend that `operator` runs with on tensors of that device type."""
+def choose(operator: str, device_type: str, numbers: int, multiply_adds: int = 0) -> str:
+    """The backend that `operator` runs with on so many numbers of a device, with so many multiply-adds for each."""
     candidates = OPERATORS[operator].get(device_type, ())
     if _forced in ON_REQUEST.get(device_type, ()) and _forced in OPERATORS[operator].get("cuda", ()):
         return _forced
     if _forced == "auto":
+        if device_type == "cuda" and _waits_for_its_host(numbers * max(multiply_adds // 32, 1)):
+            candidates = tuple(sorted(candidates, key="cuda".__ne__))
         for name in candidates:
             if not UNAVAILABLE[name]:
                 return name
@@ -130,6 +138,19 @@ def choose(operator: str, device_type: str) -> str:
             f"for {where}. Use set_backend('auto') or set_backend('reference')"
         )
     return _forced
+
+
+def _waits_for_its_host(work: int) -> bool:
+    """Whether the GPU is done before the host has launched more, and CUDA C++ is compiled for it.
+
+    Not asked in torch.compile: a graph would be made anew when the size of its tensors crosses the bound.
+    """
+    return not torch.compiler.is_compiling() and work <= HOST_BOUND and _is_compiled_for()
+
+
+@cache
+def _is_compiled_for() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def kernel(operator: str, backend: str) -> Callable[..., Any]:

@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_forcing_and_restoring() -> None:
-    assert backend.choose("class_kl", "cpu") == ("cpp" if not backend.UNAVAILABLE["cpp"] else "reference")
+    assert backend.choose("class_kl", "cpu", 1) == ("cpp" if not backend.UNAVAILABLE["cpp"] else "reference")
     with medkd_fast.use_backend("reference"):
-        assert backend.choose("class_kl", "cpu") == "reference"
+        assert backend.choose("class_kl", "cpu", 1) == "reference"
         with pytest.raises(RuntimeError, match="inner"), medkd_fast.use_backend("auto"):
             raise RuntimeError("inner")
-        assert backend.choose("class_kl", "cpu") == "reference"
+        assert backend.choose("class_kl", "cpu", 1) == "reference"
     with pytest.raises(ValueError, match="backend: got 'gpu', want one of auto, cpp, cuda, triton, reference"):
         medkd_fast.set_backend("gpu")
 
@@ -35,7 +35,23 @@ def test_forcing_a_backend_on_a_device_without_it(cpp: str) -> None:
     with pytest.raises(
         RuntimeError, match="'cpp' is forced and has no kernel for cuda tensors; fused kernels exist for cpu, cuda"
     ):
-        backend.choose("class_kl", "cuda")
+        backend.choose("class_kl", "cuda", 1)
+
+
+def test_small_work_on_a_gpu_goes_where_launches_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backend.UNAVAILABLE, name, "")
+    monkeypatch.setattr(backend, "_is_compiled_for", lambda: True)
+    few, many = backend.HOST_BOUND, backend.HOST_BOUND + 1
+    assert (backend.choose("class_kl", "cuda", few), backend.choose("class_kl", "cuda", many)) == ("cuda", "triton")
+    # 64 multiply-adds for each number take twice as long as reading them
+    assert backend.choose("pixel_relation", "cuda", few // 2, 64) == "cuda"
+    assert backend.choose("pixel_relation", "cuda", few // 2 + 1, 64) == "triton"
+    monkeypatch.setattr(backend, "_is_compiled_for", lambda: False)
+    assert backend.choose("class_kl", "cuda", few) == "triton"
+    monkeypatch.setattr(backend, "_is_compiled_for", lambda: True)
+    monkeypatch.setitem(backend.UNAVAILABLE, "cuda", "not built")
+    assert backend.choose("class_kl", "cuda", few) == "triton"
 
 
 def test_falling_back_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
@@ -56,7 +72,7 @@ def test_falling_back_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytes
 
 
 def test_environment_variable() -> None:
-    script = "from medkd_fast import backend; print(backend.choose('decoupled_kl', 'cpu'))"
+    script = "from medkd_fast import backend; print(backend.choose('decoupled_kl', 'cpu', 1))"
     assert in_new_process(script, MEDKD_FAST_BACKEND="reference").strip() == "reference"
     with pytest.raises(AssertionError, match="backend: got 'fast', want one of"):
         in_new_process(script, MEDKD_FAST_BACKEND="fast")

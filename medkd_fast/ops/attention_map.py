@@ -38,7 +38,7 @@ def attention_map(x: torch.Tensor, *, power: float = 2.0, mask: torch.Tensor | N
     common.check_features("x", x)
     common.check_power("power", power)
     mask = pixel_mask(mask, x)
-    backend = choose("attention_map", x.device.type)
+    backend = choose("attention_map", x.device.type, x.numel())
     if backend == "reference":
         return common.plainly(reference, x, mask, float(power))
     if common.wants_gradient(x):

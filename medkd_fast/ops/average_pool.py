@@ -49,7 +49,7 @@ def average_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Te
     """
     steps = window_of(x, window)
     mask = pixel_mask(mask, x)
-    backend = choose("average_pool", x.device.type)
+    backend = choose("average_pool", x.device.type, x.numel())
     if backend == "reference":
         return AveragePool(*reference(x, mask, steps))
     if common.wants_gradient(x):

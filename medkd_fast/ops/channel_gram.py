@@ -61,7 +61,7 @@ def channel_gram(
     if x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one channel")
     mask = pixel_mask(mask, x)
-    backend = choose("channel_gram", x.device.type)
+    backend = choose("channel_gram", x.device.type, x.numel(), x.shape[1])
     if backend == "reference":
         return common.plainly(reference, x, mask, relation, temperature)
     if common.wants_gradient(x):

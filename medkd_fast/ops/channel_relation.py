@@ -69,7 +69,7 @@ def channel_relation(
         )
     mask = pixel_mask(mask, student)
     settings = (relation, divergence, temperature, reduction)
-    backend = choose("channel_relation", student.device.type)
+    backend = choose("channel_relation", student.device.type, student.numel(), student.shape[1])
     if backend == "reference":
         return common.plainly(reference, student, teacher, mask, *settings)
     if common.wants_gradient(student):

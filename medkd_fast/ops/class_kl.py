@@ -60,7 +60,7 @@ def class_kl(
         target = common.labels(target, teacher)
     weight = pixel_weight(weight, student, teacher)
     settings = (float(temperature), int(ignore_index))
-    backend = choose("class_kl", student.device.type)
+    backend = choose("class_kl", student.device.type, teacher.numel())
     if backend == "reference":
         return common.plainly(reference, student, teacher, target, weight, *settings, reduction)
     if common.wants_gradient(student):

@@ -65,7 +65,7 @@ def checked(
     if num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes}, want at least 1")
     target = common.labels(target, x)
-    backend = choose(operator, x.device.type)
+    backend = choose(operator, x.device.type, x.numel())
     if backend != "cpp":
         common.check_labels(target, num_classes, ignore_index)
     return target, backend

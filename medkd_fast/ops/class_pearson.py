@@ -74,7 +74,7 @@ def class_pearson(
         target = common.labels(target, teacher)
     weights = (float(inter_weight), float(intra_weight))
     settings = (float(temperature), int(ignore_index))
-    backend = choose("class_pearson", student.device.type)
+    backend = choose("class_pearson", student.device.type, teacher.numel())
     if backend == "reference":
         outputs = common.plainly(reference, student, teacher, target, *weights, *settings, process_group)
         return ClassPearson(outputs[0], outputs[1].detach(), outputs[2].detach())

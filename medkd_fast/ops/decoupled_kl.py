@@ -77,7 +77,7 @@ def decoupled_kl(
     target = common.labels(target, teacher)
     weight = pixel_weight(weight, student, teacher)
     settings = (float(target_weight), float(nontarget_weight), float(temperature), int(ignore_index))
-    backend = choose("decoupled_kl", student.device.type)
+    backend = choose("decoupled_kl", student.device.type, teacher.numel())
     if backend != "cpp":  # its loops check as they go
         common.check_labels(target, teacher.shape[1], ignore_index)
     if backend == "reference":

@@ -49,7 +49,7 @@ def max_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Tensor
     """
     steps = window_of_maxima(x, window)
     mask = pixel_mask(mask, x)
-    backend = choose("max_pool", x.device.type)
+    backend = choose("max_pool", x.device.type, x.numel())
     if backend == "reference":
         return MaxPool(*reference(x, mask, steps))
     if common.wants_gradient(x):

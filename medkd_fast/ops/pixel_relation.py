@@ -75,8 +75,10 @@ def pixel_relation(
     check_relation(student, teacher, relation, RELATIONS, divergence, temperature, reduction)
     mask = pixel_mask(mask, student)
     window = [] if pool == 1 else window_of_maxima(student, pool, "pool")
-    backend = choose("pixel_relation", student.device.type)
     across = bool(across_images)
+    B, C, *size = student.shape
+    pairs = math.prod(size) * (B if across else 1)  # of a pixel
+    backend = choose("pixel_relation", student.device.type, student.numel(), C if divergence == "mse" else pairs)
     if backend == "reference":
         if window:
             student, left = reference_pool(student, mask, window)

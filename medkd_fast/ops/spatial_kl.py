@@ -55,7 +55,7 @@ def spatial_kl(
     check_channels(student, teacher)
     mask = pixel_mask(mask, student)
     settings = (float(temperature), reduction)
-    backend = choose("spatial_kl", student.device.type)
+    backend = choose("spatial_kl", student.device.type, student.numel())
     if backend == "reference":
         return common.plainly(reference, student, teacher, mask, *settings)
     if common.wants_gradient(student):

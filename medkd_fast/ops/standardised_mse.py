@@ -48,7 +48,7 @@ def standardised_mse(
     check_sizes(student, teacher)
     check_channels(student, teacher)
     mask = pixel_mask(mask, student)
-    backend = choose("standardised_mse", student.device.type)
+    backend = choose("standardised_mse", student.device.type, student.numel())
     if backend == "reference":
         return common.plainly(reference, student, teacher, mask, process_group)
     return StandardisedMSE.apply(student, teacher, mask, backend, process_group)
