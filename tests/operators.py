@@ -73,6 +73,17 @@ def value_and_gradient(
     return value.detach(), student.grad
 
 
+def where_it_runs(settings: dict[str, Any]) -> dict[str, Any]:
+    """Tensors that were made before the test chose a device, on it; those without content stay where they are."""
+    device = torch.get_default_device()
+    return {
+        name: x.detach().to(device).requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and not x.is_meta
+        else x
+        for name, x in settings.items()
+    }
+
+
 def in_new_processes(script: str, count: int = 2, **environment: str) -> None:
     """A Python script in several processes at once, each with its RANK; the failure of one is the test's."""
     running = [

@@ -7,6 +7,7 @@ import torch
 from operators import EMULATED, IGNORED, assert_close, channels_last, compiled, labels, over_threads, value_and_gradient
 
 import medkd_fast
+from medkd_fast.ops import common
 
 
 class ByClass:
@@ -90,7 +91,7 @@ def test_double_backward_raises(fused: str, by_class: ByClass) -> None:
         gradient.square().sum().backward()
 
 
-def test_bad_arguments(backend: str, by_class: ByClass) -> None:
+def test_bad_arguments(backend: str, by_class: ByClass, monkeypatch: pytest.MonkeyPatch) -> None:
     x, target = torch.randn(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="num_classes: got 0, want at least 1"):
         by_class(x, target, 0)
@@ -100,5 +101,6 @@ def test_bad_arguments(backend: str, by_class: ByClass) -> None:
         by_class(x, target.float(), 2)
     with pytest.raises(TypeError, match="(x|student): got torch.int64"):
         by_class(x.long(), target, 2)
+    monkeypatch.setattr(common, "DEBUG", True)  # on a GPU
     with pytest.raises((ValueError, RuntimeError), match="target holds the label -1, want 0 to 1 or ignore_index"):
         by_class(x, target - 1, 2)

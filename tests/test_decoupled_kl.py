@@ -9,6 +9,7 @@ from operators import assert_close
 
 from medkd_fast import DecoupledKL, decoupled_kl
 from medkd_fast.backend import kernel
+from medkd_fast.ops import common
 
 
 def sample(classes: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,7 +140,8 @@ def test_label_out_of_range_in_the_operator_itself(fused: str, label: int, low: 
 
 
 @pytest.mark.parametrize("label", [5, -1, 300])
-def test_label_out_of_range_raises(backend: str, label: int) -> None:
+def test_label_out_of_range_raises(backend: str, label: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "DEBUG", True)  # on a GPU
     student, teacher, target = sample()
     target[1, 3, 2] = label
     with pytest.raises(ValueError, match=rf"target holds the label {label}, want 0 to 4 or ignore_index \(-100\)"):

@@ -152,4 +152,4 @@ def test_bad_arguments(backend: str) -> None:
     with pytest.raises(TypeError, match=r"x: got torch\.int64, want a tensor of float32"):
         pixel_affinity(x.long())
     with pytest.raises(TypeError, match=r"x: got ndarray, want a tensor"):
-        pixel_affinity(x.numpy())
+        pixel_affinity(x.cpu().numpy())

@@ -15,6 +15,7 @@ from operators import (
     compiled,
     over_threads,
     value_and_gradient,
+    where_it_runs,
     with_loops_of,
 )
 
@@ -429,7 +430,7 @@ def test_compiles_for_changing_sizes(loss: Loss, fused: str) -> None:
 def test_under_autocast(loss: Loss, backend: str) -> None:
     student, teacher, target = (x.float() if x.is_floating_point() else x for x in sample((2, 5, 12, 18)))
     convolution = torch.nn.Conv2d(5, 5, 1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(student.device.type, dtype=torch.bfloat16):
         logits = convolution(student)
         assert logits.dtype == torch.bfloat16
         value = loss(logits, teacher, target)
@@ -485,12 +486,17 @@ def test_opcheck(fused: str, dtype: torch.dtype) -> None:
 BAD = [
     (lambda s, t, y: (s, t.requires_grad_(), y), {}, ValueError, r"teacher requires grad.*teacher\.detach\(\)"),
     (lambda s, t, y: (s.long(), t, y), {}, TypeError, r"student: got torch\.int64, want a tensor of float32"),
-    (lambda s, t, y: (s.numpy(), t, y), {}, TypeError, r"student: got ndarray, want a tensor"),
+    (lambda s, t, y: (s.cpu().numpy(), t, y), {}, TypeError, r"student: got ndarray, want a tensor"),
     (lambda s, t, y: (s[:, :, 0, 0], t, y), {}, ValueError, r"student: got shape \(2, 4\), want \[B, C, \*S\]"),
     (lambda s, t, y: (s[:1], t, y), {}, ValueError, r"\(1, 4, 3, 5\) and \(2, 4, 3, 5\).*same number of images"),
     (lambda s, t, y: (s[:, :2], t, y), {}, ValueError, r"got 2 and 4 classes, want the same"),
     (lambda s, t, y: (s, t[:, :, :2], y[:, :2]), {}, ValueError, r"student: got spatial shape \(3, 5\).*pool it first"),
-    (lambda s, t, y: (s, t.to("meta"), y), {}, ValueError, r"teacher: got device meta, want the student's, cpu"),
+    (
+        lambda s, t, y: (s, t.to("meta"), y),
+        {},
+        ValueError,
+        r"teacher: got device meta, want the student's, c(pu|uda:0)",
+    ),
     (lambda s, t, y: (s, t, y[:, 1:]), {}, ValueError, r"target: got shape \(2, 2, 5\), want \(2, 3, 5\) or"),
     (lambda s, t, y: (s, t, y.float()), {}, TypeError, r"target: got torch\.float32, want integer labels.*\.long\(\)"),
     (lambda s, t, y: (s, t, y), {"temperature": 0.0}, ValueError, r"temperature: got 0\.0, want a number above 0"),
@@ -510,4 +516,4 @@ def test_bad_arguments(loss: Loss, backend: str, change, settings, error, messag
     student, teacher = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     target = torch.randint(0, 4, (2, 3, 5))
     with pytest.raises(error, match=message):
-        loss(*change(student, teacher, target), **settings)
+        loss(*change(student, teacher, target), **where_it_runs(settings))
