@@ -39,8 +39,8 @@ OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-#: Work up to which a GPU waits for its host to launch kernels, in numbers read or 32 multiply-adds, which take as long: a host
-#: launches CUDA C++ in a third of the time that it needs for Triton (bench/README.md).
+#: Work up to which a GPU waits for its host to launch kernels, in numbers read or 32 multiply-adds, which take as long. A call of CUDA
+#: C++ takes a host about half the time of Triton's (bench/README.md); what the two take on the GPU is not measured.
 HOST_BOUND = 1 << 22
 
 
