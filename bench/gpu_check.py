@@ -26,6 +26,7 @@ OPERATOR_TESTS = [
         if (path := ROOT / f"tests/test_{operator.stem}.py").exists()
     ),
     *(str(ROOT / f"tests/test_{name}.py") for name in ("pixel_loss", "relation", "by_class", "pools", "backend")),
+    *sorted(str(path) for path in ROOT.glob("tests/test_losses*.py")),
 ]
 #: A step that has less than this is not begun.
 LEAST = 20.0
