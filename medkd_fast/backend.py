@@ -141,15 +141,16 @@ def choose(operator: str, device_type: str, numbers: int, multiply_adds: int = 0
 
 
 def _waits_for_its_host(work: int) -> bool:
-    """Whether the GPU is done before the host has launched more, and CUDA C++ is compiled for it.
+    """Whether the GPU is done before the host has launched more, and CUDA C++ is there for it.
 
     Not asked in torch.compile: a graph would be made anew when the size of its tensors crosses the bound.
     """
-    return not torch.compiler.is_compiling() and work <= HOST_BOUND and _is_compiled_for()
+    return not torch.compiler.is_compiling() and work <= HOST_BOUND and _has_machine_code()
 
 
 @cache
-def _is_compiled_for() -> bool:
+def _has_machine_code() -> bool:
+    """Whether CUDA C++ is compiled for the GPU."""
     return torch.cuda.get_device_capability() >= (8, 0)
 
 

@@ -41,15 +41,15 @@ def test_forcing_a_backend_on_a_device_without_it(cpp: str) -> None:
 def test_small_work_on_a_gpu_goes_where_launches_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "triton"):
         monkeypatch.setitem(backend.UNAVAILABLE, name, "")
-    monkeypatch.setattr(backend, "_is_compiled_for", lambda: True)
+    monkeypatch.setattr(backend, "_has_machine_code", lambda: True)
     few, many = backend.HOST_BOUND, backend.HOST_BOUND + 1
     assert (backend.choose("class_kl", "cuda", few), backend.choose("class_kl", "cuda", many)) == ("cuda", "triton")
     # 64 multiply-adds for each number take twice as long as reading them
     assert backend.choose("pixel_relation", "cuda", few // 2, 64) == "cuda"
     assert backend.choose("pixel_relation", "cuda", few // 2 + 1, 64) == "triton"
-    monkeypatch.setattr(backend, "_is_compiled_for", lambda: False)
+    monkeypatch.setattr(backend, "_has_machine_code", lambda: False)
     assert backend.choose("class_kl", "cuda", few) == "triton"
-    monkeypatch.setattr(backend, "_is_compiled_for", lambda: True)
+    monkeypatch.setattr(backend, "_has_machine_code", lambda: True)
     monkeypatch.setitem(backend.UNAVAILABLE, "cuda", "not built")
     assert backend.choose("class_kl", "cuda", few) == "triton"
 
