@@ -150,8 +150,8 @@ def _waits_for_its_host(work: int) -> bool:
 
 @cache
 def _has_machine_code() -> bool:
-    """Whether CUDA C++ is compiled for the GPU."""
-    return torch.cuda.get_device_capability() >= (8, 0)
+    """Whether CUDA C++ is compiled for the GPU. For later ones the driver does that, once, and a first call waits for it."""
+    return (8, 0) <= torch.cuda.get_device_capability() < (10, 0)
 
 
 def kernel(operator: str, backend: str) -> Callable[..., Any]:

@@ -54,6 +54,15 @@ def test_small_work_on_a_gpu_goes_where_launches_cost_least(monkeypatch: pytest.
     assert backend.choose("class_kl", "cuda", few) == "triton"
 
 
+@pytest.mark.parametrize(
+    ("capability", "there"),
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)],
+)
+def test_machine_code(capability: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert backend._has_machine_code.__wrapped__() == there
+
+
 def test_falling_back_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     monkeypatch.setattr(backend, "_warned", set())
     monkeypatch.setitem(backend.UNAVAILABLE, "cpp", "the library was not built: no compiler")
