@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUT = Path(os.environ.get("OUT", ROOT / "build" / "gpu-check"))
-#: An operator has one name in every room; what several have in common has tests of its own.
-OPERATOR_TESTS = [
+#: An operator has one name in every room; what several have in common has tests of its own, as have the losses.
+TESTS = [
     *sorted(
         str(path)
         for operator in ROOT.glob("medkd_fast/reference/*.py")
@@ -81,15 +82,7 @@ def test() -> bool:
 
 def tests(step: str, which: str) -> bool:
     parallel = ["-n", str(min(os.cpu_count() or 1, 8))] if _has("xdist") else []
-    return run(step, [*PYTEST, *parallel, "-k", which, *OPERATOR_TESTS])
-
-
-def memcheck() -> bool:
-    return sanitize("memcheck")
-
-
-def racecheck() -> bool:
-    return sanitize("racecheck")
+    return run(step, [*PYTEST, *parallel, "-k", which, *TESTS])
 
 
 def sanitize(tool: str) -> bool:
@@ -98,7 +91,7 @@ def sanitize(tool: str) -> bool:
         print(f"{tool:12} compute-sanitizer is not here: not run")
         return False
     command = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool", tool]
-    return run(tool, [*command, *PYTEST, "-k", "cuda and gradcheck", *OPERATOR_TESTS])
+    return run(tool, [*command, *PYTEST, "-k", "cuda and gradcheck", *TESTS])
 
 
 def bench() -> bool:
@@ -127,7 +120,8 @@ def _has(module: str) -> bool:
 
 
 STEPS: dict[str, Callable[[], bool]] = {
-    step.__name__: step for step in (carried, build, test, bench, memcheck, racecheck)
+    **{step.__name__: step for step in (carried, build, test, bench)},
+    **{tool: partial(sanitize, tool) for tool in ("memcheck", "racecheck")},
 }
 ASKED = sys.argv[1:] or list(STEPS)
 

@@ -36,11 +36,11 @@ def forced(name: str, function: Call) -> Call:
     return call
 
 
-def calls_of(work: Work) -> dict[str, tuple[tuple[torch.Tensor, ...], Call]]:
-    """Of every variant, what gets a gradient and the call on one set of inputs."""
+def calls_of(work: Work, backends: list[str]) -> dict[str, tuple[tuple[torch.Tensor, ...], Call]]:
+    """Of every variant, what gets a gradient and the call on one set of inputs. `backends`: those that the fused call runs on."""
     calls = {"fused": (work.leaves, work.fused)}
     for name in backend.OPERATORS.get(work.operator, {}).get("cuda", ()) if machine.GPU else ():
-        if not backend.UNAVAILABLE[name] and name not in backends_of(work.fused):
+        if not backend.UNAVAILABLE[name] and name not in backends:
             calls[f"fused {name}"] = work.leaves, forced(name, work.fused)
     if work.ordinary:
         calls["fused fp32 contiguous"] = work.ordinary.leaves, work.ordinary.fused
@@ -92,7 +92,8 @@ def compare(key: str, make: Callable[[], Work], benchmark) -> None:
     """Measures the work that `make` makes; `key` is its name for memory.py."""
     torch._dynamo.reset()
     work = make()
-    calls = [calls_of(one) for one in (work, *(make() for _ in range(sets_of_inputs(work) - 1)))]
+    backends = backends_of(work.fused)
+    calls = [calls_of(one, backends) for one in (work, *(make() for _ in range(sets_of_inputs(work) - 1)))]
     run: dict[str, Callable[[], float]] = {}
     for name in calls[0]:
         steps = [partial(step, *every[name]) for every in calls]
@@ -122,6 +123,6 @@ def compare(key: str, make: Callable[[], Work], benchmark) -> None:
         peak_bytes=memory.measure(key),
         input_bytes=work.student_bytes,
         demands={"memory": (work.bytes, "copy"), "exp": (work.exps, "exp"), "gemm": (work.flops, work.gemm)},
-        backends=backends_of(work.fused),
+        backends=backends,
         group=work.group,
     )

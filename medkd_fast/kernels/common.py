@@ -10,6 +10,8 @@ import torch
 import triton
 from triton.runtime import driver
 
+#: Kernels run in Triton's interpreter, where an instruction costs the same for any number of lanes.
+INTERPRETED = triton.knobs.runtime.interpret
 _LIBRARY = torch.library.Library("medkd_fast", "FRAGMENT")
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
@@ -36,7 +38,7 @@ def operator(*, mutates: tuple[str, ...] = ()) -> Callable[[Launcher], Launcher]
 
 def roomy() -> bool:
     """Whether a program has 160 KiB of shared memory, as with compute capability 8.0, 9.0 and 10.0; with 8.6, 8.9 and 12.0 it has 99."""
-    return not triton.knobs.runtime.interpret and _shared_bytes(driver.active.get_current_device()) >= 160 * 1024
+    return not INTERPRETED and _shared_bytes(driver.active.get_current_device()) >= 160 * 1024
 
 
 @cache

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medkd_fast.kernels.pixel_frame import INTERPRETED, Call, power_of_2, store_sums, tile_of_pixels
+from medkd_fast.kernels.common import INTERPRETED
+from medkd_fast.kernels.pixel_frame import Call, power_of_2, store_sums, tile_of_pixels
 
 
 @triton.jit

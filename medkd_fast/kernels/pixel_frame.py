@@ -19,8 +19,6 @@ from medkd_fast.reference.common import arithmetic
 
 #: The second stage loads all slots at once.
 MOST_SLOTS = 8192
-#: Kernels run in Triton's interpreter, where an instruction costs the same for any number of lanes.
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
