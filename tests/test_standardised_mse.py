@@ -271,7 +271,7 @@ def test_opcheck(fused: str) -> None:
 
 
 PROCESSES = """
-import os, torch
+import os, pathlib, sys, torch
 import torch.distributed as dist
 import medkd_fast
 
@@ -280,18 +280,25 @@ dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], ran
 torch.manual_seed(0)
 student, teacher = torch.randn(4, 3, 5, 6, dtype=torch.float64), torch.randn(4, 3, 5, 6, dtype=torch.float64)
 mask = torch.rand(4, 5, 6) < 0.7
-for name in ("cpp", "reference"):
-    with medkd_fast.use_backend(name):
-        whole = student.clone().requires_grad_()
-        want = medkd_fast.standardised_mse(whole, teacher, mask=mask)
-        want.backward()
-        mine = slice(0, 3) if rank == 0 else slice(3, 4)
-        part = student[mine].clone().requires_grad_()
-        got = medkd_fast.standardised_mse(part, teacher[mine], mask=mask[mine], process_group=dist.group.WORLD)
-        got.backward()
+
+def compare():  # in a function: a graph that lives on keeps the group
+    whole = student.clone().requires_grad_()
+    want = medkd_fast.standardised_mse(whole, teacher, mask=mask)
+    want.backward()
+    mine = slice(0, 3) if rank == 0 else slice(3, 4)
+    part = student[mine].clone().requires_grad_()
+    got = medkd_fast.standardised_mse(part, teacher[mine], mask=mask[mine], process_group=dist.group.WORLD)
+    got.backward()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     torch.testing.assert_close(part.grad / 2, whole.grad[mine], rtol=1e-10, atol=1e-15)  # DDP takes the mean
+
+for name in ("cpp", "reference"):
+    with medkd_fast.use_backend(name):
+        compare()
 dist.destroy_process_group()
+if sys.platform == "linux":  # a thread of the group that outlives the interpreter can end the process with SIGABRT
+    threads = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), threads
 """
 
 

@@ -9,6 +9,7 @@ import torch
 
 from medkd_fast import functional
 from medkd_fast.losses import common
+from medkd_fast.processes import all_gather
 
 
 class SPLoss(common.DistillationLoss):
@@ -66,7 +67,5 @@ class SPLoss(common.DistillationLoss):
             x = torch.where(mask.unsqueeze(1), x, 0)
         x = x.flatten(1)
         if self.sync and torch.distributed.is_initialized():
-            from torch.distributed.nn.functional import all_gather
-
-            x = torch.cat(all_gather(x, group=self.process_group or torch.distributed.group.WORLD))
+            x = all_gather(x, self.process_group)
         return x.unsqueeze(0)

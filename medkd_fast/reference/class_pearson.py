@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from medkd_fast.processes import all_reduce
 from medkd_fast.reference.decoupled_kl import prepare
 
 SMALLEST = 1e-8
@@ -48,9 +49,7 @@ def class_pearson(
     moments = [x.sum(1) for x in (q_s, q_t, q_s.square(), q_t.square(), q_s * q_t)]
     sums = torch.cat([counts.sum().reshape(1), within.sum().reshape(1), *moments])
     if process_group is not None:
-        import torch.distributed.nn.functional as collective
-
-        sums = collective.all_reduce(sums, group=process_group)
+        sums = all_reduce(sums, process_group)
     number, exists = sums[0].clamp(min=1), (sums[0] > 0).double()
     sum_s, sum_t, sum_ss, sum_tt, sum_st = sums[2:].unflatten(0, (5, -1))
     norm_s, norm_t = (_root(squares - x.square() / number) for squares, x in ((sum_ss, sum_s), (sum_tt, sum_t)))

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from medkd_fast.processes import all_reduce
 from medkd_fast.reference.channel_relation import prepare
 
 #: Added to a standard deviation; the share of a sum of squares below which what is left around the mean is rounding.
@@ -46,9 +47,7 @@ def standardised_mse(
     pairs = (rows_s, rows_t, rows_s.square(), rows_t.square(), rows_s * rows_t)
     sums = torch.cat([number, *(x.sum(1) for x in pairs)])
     if process_group is not None:
-        import torch.distributed.nn.functional as collective
-
-        sums = collective.all_reduce(sums, group=process_group)
+        sums = all_reduce(sums, process_group)
     number = sums[0].detach().clamp(min=1)
     sum_s, sum_t, square_s, square_t, product = sums[1:].unflatten(0, (5, -1))
     (around_s, varies_s, a), (around_t, varies_t, b) = (

@@ -13,6 +13,7 @@ from monai.networks.nets.basic_unet import UpCat
 from torch import Tensor, nn
 
 from medkd_fast.distiller import Distiller
+from medkd_fast.processes import all_reduce
 from medkd_fast.training.data.prepare import Volume
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.metrics import mean_without_nan
@@ -163,8 +164,6 @@ def over_processes(sums: Tensor) -> Tensor:
     """Sums over all processes of a distributed run, with gradients; as they are without one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums
-    from torch.distributed.nn.functional import all_reduce
-
     return all_reduce(sums)
 
 

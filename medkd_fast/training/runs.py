@@ -530,8 +530,6 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         # resuming adds to the folder on purpose
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-        # torch 2.13, and what it names instead is private
-        warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.*deprecated")
         # volumes are mapped copy-on-write
         warnings.filterwarnings("ignore", message=".*given NumPy array is not writable.*")
         # the validation's counts are reduced over the processes before the Dice is logged
