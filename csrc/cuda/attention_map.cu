@@ -319,20 +319,24 @@ __global__ void __launch_bounds__(attention_threads, least_blocks)
   for (int64_t c = thread / packs; c < call.channels; c += packs_at_once * call.members) {
     Raw raw[packs_at_once];
     fetch_channels<A>(call, image, c, call.members, pixel, count, raw);
+    Pack<A, lanes<A>> wide[packs_at_once];
     with_power<A>(call.power, [&](const auto& power) {
 #pragma unroll
       for (int i = 0; i < packs_at_once; ++i) {
-        const int64_t channel = c + i * call.members;
-        if (channel >= call.channels) break;
-        Pack<A, lanes<A>> wide = widen_raw<A>(call.x.planes.type, raw[i]);
+        wide[i] = widen_raw<A>(call.x.planes.type, raw[i]);
 #pragma unroll
-        for (int k = 0; k < lanes<A>; ++k) {
-          const A value = counts >> k & 1 ? factor[k] * power.slope(of_image.scale * wide.value[k]) : A(0);
-          wide.value[k] = more.plus(value, channel, k);
-        }
-        put<A>(gradient, image, channel, pixel, count, wide);
+        for (int k = 0; k < lanes<A>; ++k)
+          wide[i].value[k] = counts >> k & 1 ? factor[k] * power.slope(of_image.scale * wide[i].value[k]) : A(0);
       }
     });
+#pragma unroll
+    for (int i = 0; i < packs_at_once; ++i) {
+      const int64_t channel = c + i * call.members;
+      if (channel >= call.channels) break;
+#pragma unroll
+      for (int k = 0; k < lanes<A>; ++k) wide[i].value[k] = more.plus(wide[i].value[k], channel, k);
+      put<A>(gradient, image, channel, pixel, count, wide[i]);
+    }
   }
 }
 
