@@ -14,12 +14,12 @@ struct AxisTables {
   std::vector<double> upper_weight;
 
   AxisTables(int64_t full, int64_t low) : lower(full), upper_weight(full) {
-    const double ratio = static_cast<double>(low) / static_cast<double>(full);
     for (int64_t i = 0; i < full; ++i) {
-      const double source = std::max((static_cast<double>(i) + 0.5) * ratio - 0.5, 0.0);
-      const int64_t below = std::min(static_cast<int64_t>(source), low - 1);
+      const int64_t place = std::max((2 * i + 1) * low - full, int64_t{0});  // in steps of 1 / (2 full)
+      const int64_t below = std::min(place / (2 * full), low - 1);
       lower[i] = static_cast<int32_t>(below);
-      upper_weight[i] = below == low - 1 ? 0.0 : source - static_cast<double>(below);
+      const double behind = static_cast<double>(place - 2 * full * below);
+      upper_weight[i] = below == low - 1 ? 0.0 : behind / static_cast<double>(2 * full);
     }
   }
 

@@ -12,32 +12,32 @@
 
 namespace medkd {
 
-// An axis along which pixel i lies between low(i) and low(i) + 1 of the student's, with weight upper(i) for the latter, cut
-// into tiles of `tile` pixels that touch up to `touched` of the student's.
+// An axis along which pixel i lies between lower(i) and lower(i) + 1 of the student's, with a weight for the latter, cut
+// into tiles of `tile` pixels that touch up to `touched` of the student's. In whole numbers: a place that was rounded to the
+// other side of a pixel would touch one more.
 struct Axis {
   int full, low, tile, tiles, touched;
 
-  __host__ __device__ double source(int i) const {
-    const double at = fma(i + 0.5, static_cast<double>(low) / full, -0.5);  // fma: the same wherever it is compiled
-    return at > 0 ? at : 0;
+  // How far pixel i lies behind the student's first, in steps of 1 / (2 full).
+  __host__ __device__ uint64_t place(int i) const {
+    const int64_t at = (2 * int64_t{i} + 1) * low - full;
+    return at > 0 ? static_cast<uint64_t>(at) : 0;
   }
   __host__ __device__ int lower(int i) const {
-    const int below = static_cast<int>(source(i));
+    const int below = static_cast<int>(place(i) / (2 * static_cast<uint64_t>(full)));
     return below < low - 1 ? below : low - 1;
   }
-  __host__ __device__ double upper_weight(int i) const {
+  template <typename A>
+  __host__ __device__ A upper_weight(int i) const {
     const int below = lower(i);
-    return below == low - 1 ? 0 : source(i) - below;
+    const uint64_t whole = 2 * static_cast<uint64_t>(full);
+    return below == low - 1 ? A(0) : static_cast<A>(place(i) - below * whole) / static_cast<A>(whole);
   }
   // The first pixel whose lower neighbour is k or behind k.
   __host__ __device__ int begin(int k) const {
     if (k <= 0) return 0;
     if (k >= low) return full;
-    int i = static_cast<int>((k + 0.5) * full / low - 0.5);
-    i = i < 0 ? 0 : i > full ? full : i;
-    while (i > 0 && lower(i - 1) >= k) --i;
-    while (i < full && lower(i) < k) ++i;
-    return i;
+    return static_cast<int>(ceil_div((2 * int64_t{k} + 1) * full - low, 2 * int64_t{low}));
   }
 };
 
@@ -91,8 +91,8 @@ struct LineTile {
     low_x = lines.x.lower(first_x);
     touched = min(lines.x.lower(first_x + length - 1) + 2, lines.x.low) - low_x;
     own_low = lines.x.lower(x);
-    upper_z = static_cast<A>(lines.z.upper_weight(z));
-    upper_x = static_cast<A>(lines.x.upper_weight(x));
+    upper_z = lines.z.upper_weight<A>(z);
+    upper_x = lines.x.upper_weight<A>(x);
   }
 };
 
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(most_line_threads, max_classes <= 16 ? 2 : 1) 
     below = free;
     if (first_y < last_y) enter_row(min(low_y + 1, lines.y.low - 1), below);
     for (int y = first_y; y < last_y; ++y) {
-      const float upper = static_cast<float>(lines.y.upper_weight(y));
+      const float upper = lines.y.upper_weight<float>(y);
       const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
       int label[1];
       float weight[1], s[max_classes][1], t[max_classes][1], value[1][terms];
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(most_line_threads) line_sweep_kernel(LinesLoss
   for (int low_y = tile.low_y; low_y <= tile.last_low_y; ++low_y) {
     const int first_y = max(lines.y.begin(low_y), tile.first_y), last_y = min(lines.y.begin(low_y + 1), tile.last_y);
     for (int y = first_y; y < last_y; ++y) {
-      const A upper = static_cast<A>(lines.y.upper_weight(y));
+      const A upper = lines.y.upper_weight<A>(y);
       const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
       int label;
       A weight, value[terms];
@@ -338,7 +338,7 @@ __global__ void gather_kernel(LinesLoss lines, int64_t blocks, PixelLossOutputs 
   const int first_x = x.begin(low_x - 1) / x.tile, last_x = (x.begin(low_x + 1) - 1) / x.tile;
   A total = A(0);
   for (int i_z = first_z; i_z < last_z; ++i_z) {
-    const A upper = static_cast<A>(z.upper_weight(i_z));
+    const A upper = z.upper_weight<A>(i_z);
     A plane = A(0);
     for (int i_y = first_y; i_y <= last_y; ++i_y)
       for (int i_x = first_x; i_x <= last_x; ++i_x) {

@@ -59,7 +59,7 @@ class PixelLoss(torch.autograd.Function):
     def backward(ctx: Any, v_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher, target, weight, scale, gradient = ctx.saved_tensors
         if ctx.per_pixel:
-            weight = v_loss.contiguous() if weight is None else v_loss * weight
+            weight = (v_loss if weight is None else v_loss * weight).contiguous()
         if ctx.per_pixel or ctx.spent:
             gradient = call(ctx.operator, ctx.backend, student, teacher, target, weight, *ctx.settings, "sum", True)[-1]
         if not ctx.per_pixel:
