@@ -6,8 +6,10 @@ plain PyTorch, with one warning that says why. `MEDKD_FAST_BACKEND`, `set_backen
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,14 +52,37 @@ def _load(part: str) -> str:
     library, report = folder / f"_{part}.so", folder / "_build.json"
     if part == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
+    built = json.loads(report.read_text()).get(part) if report.exists() else None
     if not library.exists():
-        built = json.loads(report.read_text()).get(part) if report.exists() else None
         return f"medkd_fast/_{part}.so is missing: {built or 'not built (MEDKD_FAST_NO_EXT=1)'}"
+    if part == "cuda" and (error := _too_new(built or "", _driver())):
+        return error
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library} does not load: {error}"
     return ""
+
+
+def _driver() -> int | None:
+    """The newest CUDA that the driver knows, 12080 for 12.8; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value
+
+
+def _too_new(built: str, driver: int | None) -> str:
+    """Why a driver runs nothing of a library that was built so: it is of an earlier major version of CUDA."""
+    release = re.search(r"nvcc release (\d+)", built)
+    if driver is None or release is None or driver // 1000 >= int(release[1]):
+        return ""
+    return (
+        f"medkd_fast/_cuda.so is {built}, and the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}: want a driver for "
+        f"CUDA {release[1]}, or a build with nvcc {driver // 1000}"
+    )
 
 
 def _load_triton() -> str:
@@ -145,13 +170,13 @@ def _waits_for_its_host(work: int) -> bool:
 
     Not asked in torch.compile: a graph would be made anew when the size of its tensors crosses the bound.
     """
-    return not torch.compiler.is_compiling() and work <= HOST_BOUND and _has_machine_code()
+    return not torch.compiler.is_compiling() and work <= HOST_BOUND and _has_machine_code(torch.cuda.current_device())
 
 
 @cache
-def _has_machine_code() -> bool:
-    """Whether CUDA C++ is compiled for the GPU. For later ones the driver does that, once, and a first call waits for it."""
-    return (8, 0) <= torch.cuda.get_device_capability() < (10, 0)
+def _has_machine_code(gpu: int) -> bool:
+    """Whether CUDA C++ is compiled for a GPU. For later ones the driver does that, once, and a first call waits for it."""
+    return (8, 0) <= torch.cuda.get_device_capability(gpu) < (10, 0)
 
 
 def kernel(operator: str, backend: str) -> Callable[..., Any]:

@@ -41,15 +41,16 @@ def test_forcing_a_backend_on_a_device_without_it(cpp: str) -> None:
 def test_small_work_on_a_gpu_goes_where_launches_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "triton"):
         monkeypatch.setitem(backend.UNAVAILABLE, name, "")
-    monkeypatch.setattr(backend, "_has_machine_code", lambda: True)
+    monkeypatch.setattr(backend, "_has_machine_code", lambda gpu: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     few, many = backend.HOST_BOUND, backend.HOST_BOUND + 1
     assert (backend.choose("class_kl", "cuda", few), backend.choose("class_kl", "cuda", many)) == ("cuda", "triton")
     # 64 multiply-adds for each number take twice as long as reading them
     assert backend.choose("pixel_relation", "cuda", few // 2, 64) == "cuda"
     assert backend.choose("pixel_relation", "cuda", few // 2 + 1, 64) == "triton"
-    monkeypatch.setattr(backend, "_has_machine_code", lambda: False)
+    monkeypatch.setattr(backend, "_has_machine_code", lambda gpu: False)
     assert backend.choose("class_kl", "cuda", few) == "triton"
-    monkeypatch.setattr(backend, "_has_machine_code", lambda: True)
+    monkeypatch.setattr(backend, "_has_machine_code", lambda gpu: True)
     monkeypatch.setitem(backend.UNAVAILABLE, "cuda", "not built")
     assert backend.choose("class_kl", "cuda", few) == "triton"
 
@@ -59,8 +60,19 @@ def test_small_work_on_a_gpu_goes_where_launches_cost_least(monkeypatch: pytest.
     [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)],
 )
 def test_machine_code(capability: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert backend._has_machine_code.__wrapped__() == there
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {0: (7, 0), 1: capability}.get)
+    assert backend._has_machine_code.__wrapped__(1) == there
+
+
+def test_a_library_that_the_driver_is_too_old_for() -> None:
+    built = "built with nvcc release 13.0 against torch 2.13.0"
+    assert backend._too_new(built, 12080) == (
+        "medkd_fast/_cuda.so is built with nvcc release 13.0 against torch 2.13.0, and the driver is for CUDA 12.8: want a "
+        "driver for CUDA 13, or a build with nvcc 12"
+    )
+    # an older minor version of the same major one will do; without a driver or a report nothing is known
+    assert not any(backend._too_new(built, driver) for driver in (13000, 14010, None))
+    assert not backend._too_new("", 12080)
 
 
 def test_falling_back_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:

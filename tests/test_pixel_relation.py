@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from operators import EMULATED, assert_close, channels_last, compiled, in_new_process, over_threads, value_and_gradient
 
 import medkd_fast
@@ -381,6 +382,26 @@ def test_across_images_leaves_masked_pixels_and_empty_images_out(backend: str, d
             student,
         )
         assert (value == 0).all() and (gradient == 0).all()
+
+
+@pytest.mark.parametrize(("relation", "temperature"), [("cosine", 0.005), ("gram", 0.001), ("cosine", 0.1)])
+def test_across_images_that_are_opposed_behind_a_masked_beginning(
+    backend: str, relation: str, temperature: float
+) -> None:
+    """The first columns that a row meets do not count, and the logits of those that do lie far below 0."""
+    direction = F.normalize(torch.randn(4), dim=0).view(1, 4, 1)
+    opposed = torch.cat([direction, -direction]).expand(2, 4, 160)
+    student, teacher = (opposed + 0.05 * torch.randn(2, 4, 160) for _ in range(2))
+    mask = (torch.arange(160) >= 130).expand(2, 160)
+    settings = {"relation": relation, "temperature": temperature, "divergence": "kl", "across_images": True, "mask": mask}
+    value, gradient = value_and_gradient(lambda x: pixel_relation(x, teacher, reduction="none", **settings), student)
+    with medkd_fast.use_backend("reference"):
+        want, want_gradient = value_and_gradient(
+            lambda x: pixel_relation(x, teacher.double(), reduction="none", **settings), student.double()
+        )
+    assert (want > 0.1 * want.max()).all()
+    assert_close(value, want, 1e-4)  # logits of 200 with fp32's rounding
+    assert_close(gradient, want_gradient, 1e-4)
 
 
 @pytest.mark.parametrize("divergence", ["mse", "kl"])

@@ -64,18 +64,20 @@ struct ChannelRows {
   int64_t networks, channels, all_rows;
   const A* shifts;  // [images, networks, channels]
 
-  __device__ __forceinline__ const PackedPlanes& planes(int64_t set) const { return network[set % networks]; }
+  // A set's image and network; a division by a number that is not known would stand in the loop over the pixels.
+  __device__ __forceinline__ int64_t image(int64_t set) const { return networks == 2 ? set / 2 : set; }
+  __device__ __forceinline__ const PackedPlanes& planes(int64_t set) const { return network[networks == 2 ? set % 2 : 0]; }
   __device__ __forceinline__ bool rows_inside(int64_t set) const { return planes(set).channels_inside(); }
 
   __device__ __forceinline__ void fetch(int64_t set, int64_t channel, int64_t pixel, int count, Raw (&raw)[1]) const {
-    raw[0] = medkd::fetch<A>(planes(set), set / networks, channel, pixel, channel < channels ? count : 0);
+    raw[0] = medkd::fetch<A>(planes(set), image(set), channel, pixel, channel < channels ? count : 0);
   }
 
   template <typename To>
   __device__ __forceinline__ void stash(int64_t set, int64_t channel, int64_t pixel, int count, const Raw (&raw)[1],
                                         const To& to) const {
     Pack<A, lanes<A>> pack = widen_raw<A>(planes(set).planes.type, raw[0]);
-    const unsigned counts = values.counts(set / networks, pixel, channel < all_rows ? count : 0);
+    const unsigned counts = values.counts(image(set), pixel, channel < all_rows ? count : 0);
     const A shift = shifts != nullptr && channel < channels ? shifts[set * channels + channel] : A(0);
 #pragma unroll
     for (int k = 0; k < lanes<A>; ++k)
@@ -147,7 +149,7 @@ constexpr int samples = 64, sample_threads = 512;
 template <typename A>
 __global__ void sample_means_kernel(const ChannelRows<A> rows, A* shifts) {
   int64_t* const chosen = shared_memory<int64_t>();  // [samples], -1 where no pixel counts
-  const int64_t set = blockIdx.x, image = set / rows.networks, pixels = rows.values.pixels;
+  const int64_t set = blockIdx.x, image = rows.image(set), pixels = rows.values.pixels;
   const uint8_t* const mask = rows.values.mask == nullptr ? nullptr : rows.values.mask + image * pixels;
   constexpr int warps = sample_threads / warp_size;
   for (int sample = warp_index(); sample < samples; sample += warps) {
@@ -180,7 +182,7 @@ constexpr int highest_threads = 256;
 
 template <typename A>
 __global__ void highest_kernel(const ChannelRows<A> rows, int64_t parts, int64_t part_pixels, A* highest) {
-  const int64_t set = blockIdx.x / parts, image = set / rows.networks, pixels = rows.values.pixels;
+  const int64_t set = blockIdx.x / parts, image = rows.image(set), pixels = rows.values.pixels;
   const int64_t begin = blockIdx.x % parts * part_pixels;
   const int64_t end = begin + part_pixels < pixels ? begin + part_pixels : pixels;
   const PackedPlanes& x = rows.planes(set);

@@ -38,8 +38,8 @@ template <auto kernel, typename... Args>
 inline void launch(Blocks blocks, int threads, std::size_t shared_bytes, cudaStream_t stream, Args... args) {
   if (blocks.x == 0 || blocks.y == 0) return;
   cudaError_t error = blocks.x > 0x7fffffff || blocks.y > 0xffff ? cudaErrorInvalidConfiguration : cudaSuccess;
-  if (error == cudaSuccess && shared_bytes > 48 * 1024)  // more must be asked for, on every device
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess && shared_bytes > 48 * 1024)  // more must be asked for, on every device, and by all threads alike
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y));
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -192,7 +192,7 @@ template <typename A>
 __global__ void mix_kernel(const A* in, Images counts, int64_t size, const A* upstream, int64_t stride_a, int64_t stride_b,
                            A* out) {
   const double weight = counts.weight(shared_memory<int64_t>());
-  const int64_t at = blockIdx.y * int64_t{blockDim.x} + threadIdx.x, a = blockIdx.x;
+  const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, a = blockIdx.y;
   if (at >= size) return;
   double sum = 0;
   for (int64_t b = 0; b < counts.images; ++b) {
@@ -222,7 +222,7 @@ static Tensor backward(PixelCall& call, const Tensor& student, const Tensor& mat
   if (across_images) {
     const int64_t stride_a = upstream.dim() > 0 ? upstream.stride(0) : 0;
     const int64_t stride_b = upstream.dim() > 0 ? upstream.stride(1) : 0;
-    launch<mix_kernel<A>>({images, ceil_div(size, row_threads)},
+    launch<mix_kernel<A>>({ceil_div(size, row_threads), images},
                           row_threads, row_threads / warp_size * sizeof(int64_t), stream, matrices, counts, size, factors,
                           stride_a, stride_b, mixed);
   }

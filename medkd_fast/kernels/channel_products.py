@@ -214,8 +214,8 @@ def add_slots_kernel(
     sums,  # [sets, C, W], double
     C, W, slots, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_set = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_set = tl.program_id(1).to(tl.int64)
+    o_k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_i, o_j = o_k // W, o_k % W
     m_k = (o_i < C) & (o_i <= o_j)
     total = tl.zeros([BLOCK], tl.float64)
@@ -400,7 +400,7 @@ def products(
             FEATURES=features.load, SUMS=shifted, HAS_MASK=features.load_mask, ONE_BLOCK=blocks == 1, SLOT=SLOT,
             BLOCK_C=BLOCK_C, BLOCK_P=2048 // BLOCK_C, PRECISION=precision_of(type), num_stages=3,
         )  # fmt: skip
-    add_slots_kernel[(len(tensors) * B, triton.cdiv(C * W, 512))](partial, sums, C, W, slots, BLOCK_SLOTS=4, BLOCK=512)
+    add_slots_kernel[(triton.cdiv(C * W, 512), len(tensors) * B)](partial, sums, C, W, slots, BLOCK_SLOTS=4, BLOCK=512)
     return sums, shift
 
 

@@ -164,8 +164,8 @@ def add_slots_kernel(
     BLOCK_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_set = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_set = tl.program_id(1).to(tl.int64)
+    o_k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     if SHARES:
         for slot in range(slots):
@@ -264,8 +264,8 @@ def mix_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_a = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_a = tl.program_id(1).to(tl.int64)
+    o_k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for i_b in range(B):
         there = tl.load(upstream + i_a * stride_ua + i_b * stride_ub).to(tl.float64)
@@ -433,7 +433,7 @@ def pixel_relation(
         enable_fp_fusion=False,
     )
     adding = {"BLOCK_SLOTS": 16, "BLOCK": 128}
-    add_slots_kernel[(B, triton.cdiv(size, 128))](
+    add_slots_kernel[(triton.cdiv(size, 128), B)](
         partial, pixels, sums, slots, size, N, SHARES=False, **adding, **images
     )
 
@@ -449,7 +449,7 @@ def pixel_relation(
     elif weighed:
         # the value is quadratic in the sums: that of the images' weighted sum is the sum over all pairs
         total = sums.new_empty((1, size))
-        add_slots_kernel[(1, triton.cdiv(size, 128))](sums, pixels, total, B, size, N, SHARES=True, **adding, **images)
+        add_slots_kernel[(triton.cdiv(size, 128), 1)](sums, pixels, total, B, size, N, SHARES=True, **adding, **images)
         pairs_kernel[(1, blocks)](total, values, 1, W, **ROWS)
     add_values(values, pixels, loss, B, N, "weighed" if weighed else "entries", across_images, **images)
     return loss, matrix
@@ -473,7 +473,7 @@ def pixel_relation_backward(
     if across_images:
         pixels = mask.flatten(1).sum(1) if mask is not None else None
         mixed, size = torch.empty_like(matrix), C_s * 2 * W
-        mix_kernel[(B, triton.cdiv(size, 256))](
+        mix_kernel[(triton.cdiv(size, 256), B)](
             matrix,
             upstream,
             pixels,

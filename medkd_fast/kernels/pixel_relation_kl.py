@@ -91,10 +91,10 @@ def counted(mask, i_b, o_p, N, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def raised(maximum, largest):
-    """A running maximum, finite, and what sums with respect to the one before are multiplied by."""
+    """A running maximum, −inf before the first column that counts; as a finite number; what the sums so far are multiplied by."""
     new = tl.maximum(maximum, largest)
-    new = tl.where(new == -float("inf"), 0.0, new)
-    return new, tl.exp2(maximum - new)
+    finite = tl.where(new == -float("inf"), 0.0, new)
+    return new, finite, tl.exp2(maximum - finite)
 
 
 @triton.jit
@@ -171,24 +171,25 @@ def rows_kernel(
             e_t = tl.exp2(b_t + shift)
         else:
             absent = tl.where(m_j, 0.0, -float("inf")).to(TYPE)
-            max_s, lower_s = raised(max_s, tl.max(b_s + absent, 1))
-            max_t, lower_t = raised(max_t, tl.max(b_t + absent, 1))
+            max_s, finite_s, lower_s = raised(max_s, tl.max(b_s + absent, 1))
+            max_t, finite_t, lower_t = raised(max_t, tl.max(b_t + absent, 1))
             sum_s *= lower_s
             sum_t *= lower_t
             weighted *= lower_t
-            e_s = tl.exp2(b_s + absent - max_s[:, None])
-            e_t = tl.exp2(b_t + absent - max_t[:, None])
+            e_s = tl.exp2(b_s + absent - finite_s[:, None])
+            e_t = tl.exp2(b_t + absent - finite_t[:, None])
         sum_s += tl.sum(e_s, 1).to(tl.float64)
         sum_t += tl.sum(e_t, 1).to(tl.float64)
         weighted += tl.sum(e_t * (b_t - b_s), 1).to(tl.float64)
     if BOUNDED:
         max_s = tl.zeros([BLOCK_I], TYPE) + scale
         max_t = max_s
-    m_row = tl.reshape(m_i, [BLOCK_I]) & (sum_s > 0)  # a sum of nothing: the image has no pixel that counts
+    m_row = tl.reshape(m_i, [BLOCK_I]) & (sum_s != 0)  # a sum of nothing: the image has no pixel that counts
     LOG_2: tl.constexpr = 0.6931471805599453
     sum_s = tl.where(m_row, sum_s, 1.0)
     sum_t = tl.where(m_row, sum_t, 1.0)
-    value = (weighted / sum_t + (max_s.to(tl.float64) - max_t.to(tl.float64))) * LOG_2 + tl.log(sum_s / sum_t)
+    raised_by = tl.where(m_row, max_s.to(tl.float64) - max_t.to(tl.float64), 0.0)
+    value = (weighted / sum_t + raised_by) * LOG_2 + tl.log(sum_s / sum_t)
     tl.store(values + tl.program_id(0), tl.sum(tl.where(m_row, value, 0.0)))
     o_row = tl.reshape(o_i, [BLOCK_I])
     p_kept = kept + pair * 4 * padded + o_row

@@ -121,7 +121,7 @@ def rows_kernel(
     weight = image_weight(pixels, i_b, B, N, HAS_MASK, MEAN)
     if MEAN:
         weight = weight / C
-    has_s, has_t = sum_s > 0, sum_t > 0
+    has_s, has_t = sum_s != 0, sum_t != 0
     over_s = tl.where(has_s, 1.0 / tl.where(has_s, sum_s, 1.0), 0.0)
     over_t = tl.where(has_t, 1.0 / tl.where(has_t, sum_t, 1.0), 0.0)
     # equal sums have a quotient of 1

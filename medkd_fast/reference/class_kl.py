@@ -22,5 +22,5 @@ def class_kl(
 ) -> torch.Tensor:
     """The loss; arguments as those of `medkd_fast.class_kl`, checked."""
     s, t, weight = prepare(student, teacher, target, weight, temperature, ignore_index)
-    value = categorical_kl(log_probability(s, logsumexp(s)), log_probability(t, logsumexp(t)), t > -INF)
+    value = categorical_kl(log_probability(s, logsumexp(s)), log_probability(t, logsumexp(t)), t != -INF)
     return reduce(temperature**2 * value, weight, reduction)

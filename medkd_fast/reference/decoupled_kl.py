@@ -50,7 +50,7 @@ def decoupled_kl(
     d_t, other_t, log_sum_t = log_odds(t, own)
     target_part = bernoulli_kl(d_s, d_t)
     nontarget_part = categorical_kl(
-        log_probability(other_s, log_sum_s), log_probability(other_t, log_sum_t), ~own & (other_t > -INF)
+        log_probability(other_s, log_sum_s), log_probability(other_t, log_sum_t), ~own & (other_t != -INF)
     )
 
     parts = []
@@ -103,7 +103,7 @@ def logsumexp(u: torch.Tensor) -> torch.Tensor:
     top = u.detach().amax(1, keepdim=True)
     top = torch.where(top == -INF, 0, top)
     total = (u - top).exp().sum(1, keepdim=True)
-    return torch.where(total > 0, top + torch.where(total > 0, total, 1).log(), -INF)
+    return torch.where(total != 0, top + torch.where(total != 0, total, 1).log(), -INF)
 
 
 def log_probability(u: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:
@@ -116,10 +116,10 @@ def bernoulli_kl(d_s: torch.Tensor, d_t: torch.Tensor) -> torch.Tensor:
     value = torch.zeros_like(d_s)
     for sign in (1, -1):
         b = torch.sigmoid(sign * d_t)
-        difference = torch.where(b > 0, F.logsigmoid(sign * d_t), 0) - F.logsigmoid(torch.where(b > 0, sign * d_s, 0))
+        difference = torch.where(b != 0, F.logsigmoid(sign * d_t), 0) - F.logsigmoid(torch.where(b != 0, sign * d_s, 0))
         # what the student rules out and the teacher does not, also where the teacher's probability underflows
         ruled_out = (sign * d_s == -INF) & (sign * d_t > -INF)
-        value = value + torch.where(ruled_out, INF, torch.where(b > 0, b * difference, 0))
+        value = value + torch.where(ruled_out, INF, torch.where(b != 0, b * difference, 0))
     return value
 
 

@@ -36,7 +36,7 @@ def spatial_kl(
     else:
         counts = True if mask is None else mask.flatten(1).unsqueeze(1)
         s, t = (torch.where(torch.as_tensor(counts), x / temperature, -INF).flatten(0, 1) for x in (s, t))
-        value = categorical_kl(log_probability(s, logsumexp(s)), log_probability(t, logsumexp(t)), t > -INF)
+        value = categorical_kl(log_probability(s, logsumexp(s)), log_probability(t, logsumexp(t)), t != -INF)
         value = temperature**2 * value.unflatten(0, student.shape[:2])
     value = torch.where((valid > 0).unsqueeze(1), value, 0)
     if reduction == "none":
