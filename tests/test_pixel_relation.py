@@ -393,7 +393,13 @@ def test_across_images_that_are_opposed_behind_a_masked_beginning(
     opposed = torch.cat([direction, -direction]).expand(2, 4, 160)
     student, teacher = (opposed + 0.05 * torch.randn(2, 4, 160) for _ in range(2))
     mask = (torch.arange(160) >= 130).expand(2, 160)
-    settings = {"relation": relation, "temperature": temperature, "divergence": "kl", "across_images": True, "mask": mask}
+    settings = {
+        "relation": relation,
+        "temperature": temperature,
+        "divergence": "kl",
+        "across_images": True,
+        "mask": mask,
+    }
     value, gradient = value_and_gradient(lambda x: pixel_relation(x, teacher, reduction="none", **settings), student)
     with medkd_fast.use_backend("reference"):
         want, want_gradient = value_and_gradient(
