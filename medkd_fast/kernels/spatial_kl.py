@@ -16,8 +16,8 @@ from medkd_fast.kernels.planes import gradient_like, planes_of
 from medkd_fast.reference.common import arithmetic
 
 LN2 = math.log(2)
-#: Pixels of a piece. Their number depends on the shape alone.
-PIECE = 8192
+#: Pixels of a piece at most, and programs that keep a GPU busy. How many there are depends on shape and layout alone.
+MOST_PIECE, BUSY = 8192, 512
 
 
 @triton.jit
@@ -37,20 +37,23 @@ def moved(x, to):
 
 
 @triton.jit
-def raised(max_s, sum_s, max_t, sum_t, weighted, to_s, to_t):
-    """Sums relative to the maxima to_s and to_t, which are not smaller."""
+def raised(max_s, sum_s, max_t, sum_t, weighted, to_s, to_t, A: tl.constexpr):
+    """Sums relative to the maxima to_s and to_t, which are not smaller. A: the type of the exponentials."""
     by_s, by_t = moved(max_s, to_s), moved(max_t, to_t)
+    less_s, less_t = tl.exp2(by_s.to(A)).to(tl.float64), tl.exp2(by_t.to(A)).to(tl.float64)
     # without the teacher there is nothing to weigh; what is infinitely far stays so
     moves = (sum_t > 0) & (weighted != float("inf"))
-    weighted = tl.where(moves, tl.exp2(by_t) * (weighted + sum_t * tl.where(moves, by_t - by_s, 0.0)), weighted)
-    return sum_s * tl.exp2(by_s), sum_t * tl.exp2(by_t), weighted
+    weighted = tl.where(moves, less_t * (weighted + sum_t * tl.where(moves, by_t - by_s, 0.0)), weighted)
+    return sum_s * less_s, sum_t * less_t, weighted
 
 
 @triton.jit
-def joined(max_s, sum_s, max_t, sum_t, weighted, piece_max_s, piece_sum_s, piece_max_t, piece_sum_t, piece_weighted):
+def joined(
+    max_s, sum_s, max_t, sum_t, weighted, piece_max_s, piece_sum_s, piece_max_t, piece_sum_t, piece_weighted, A: tl.constexpr
+):  # fmt: skip
     to_s, to_t = tl.maximum(max_s, piece_max_s), tl.maximum(max_t, piece_max_t)
-    sum_s, sum_t, weighted = raised(max_s, sum_s, max_t, sum_t, weighted, to_s, to_t)
-    more_s, more_t, more = raised(piece_max_s, piece_sum_s, piece_max_t, piece_sum_t, piece_weighted, to_s, to_t)
+    sum_s, sum_t, weighted = raised(max_s, sum_s, max_t, sum_t, weighted, to_s, to_t, A)
+    more_s, more_t, more = raised(piece_max_s, piece_sum_s, piece_max_t, piece_sum_t, piece_weighted, to_s, to_t, A)
     return to_s, sum_s + more_s, to_t, sum_t + more_t, weighted + more
 
 
@@ -87,7 +90,7 @@ def pieces_kernel(
             max_s, sum_s, max_t, sum_t, weighted,
             most_s.to(tl.float64), tl.sum(tl.exp2(x_s), 1, keep_dims=True).to(tl.float64),
             most_t.to(tl.float64), tl.sum(e_t, 1, keep_dims=True).to(tl.float64),
-            tl.sum(term, 1, keep_dims=True).to(tl.float64),
+            tl.sum(term, 1, keep_dims=True).to(tl.float64), A,
         )  # fmt: skip
     p = pieces + tl.program_id(0).to(tl.int64) * C + o_c
     tl.store(p, max_s, o_c < C)
@@ -101,7 +104,7 @@ def pieces_kernel(
 def rows_kernel(
     pieces, pixels, rows, values,  # [5, B, pieces, C], [B], [B, C, 4], [B, C]
     B, C, N, count, size: tl.int64, temperature: tl.float64,
-    HAS_MASK: tl.constexpr, MEAN: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_MASK: tl.constexpr, MEAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Max_s, ratio, max_t and scale of every row, and its value times its weight in the loss."""
     i_b = tl.program_id(0).to(tl.int64)
@@ -111,13 +114,19 @@ def rows_kernel(
     none = tl.full([BLOCK_C], -float("inf"), tl.float64)
     zero = tl.full([BLOCK_C], 0.0, tl.float64)
     max_s, sum_s, max_t, sum_t, weighted = none, zero, none, zero, zero
-    for k in range(count):
-        p = pieces + (i_b * count + k) * C + o_c
-        max_s, sum_s, max_t, sum_t, weighted = joined(
-            max_s, sum_s, max_t, sum_t, weighted,
-            tl.load(p, m_c, -float("inf")), tl.load(p + size, m_c, 0.0), tl.load(p + 2 * size, m_c, -float("inf")),
-            tl.load(p + 3 * size, m_c, 0.0), tl.load(p + 4 * size, m_c, 0.0),
+    for k in range(0, count, BLOCK_P):
+        o_p = (k + tl.arange(0, BLOCK_P))[:, None]
+        m_p = (o_p < count) & m_c[None, :]
+        p = pieces + (i_b * count + o_p) * C + o_c[None, :]
+        some_s, some_t = tl.load(p, m_p, -float("inf")), tl.load(p + 2 * size, m_p, -float("inf"))
+        most_s, most_t = tl.max(some_s, 0), tl.max(some_t, 0)
+        s, t, w = raised(
+            some_s, tl.load(p + size, m_p, 0.0), some_t, tl.load(p + 3 * size, m_p, 0.0), tl.load(p + 4 * size, m_p, 0.0),
+            most_s[None, :], most_t[None, :], tl.float64,
         )  # fmt: skip
+        max_s, sum_s, max_t, sum_t, weighted = joined(
+            max_s, sum_s, max_t, sum_t, weighted, most_s, tl.sum(s, 0), most_t, tl.sum(t, 0), tl.sum(w, 0), tl.float64
+        )
     weight = image_weight(pixels, i_b, B, N, HAS_MASK, MEAN)
     if MEAN:
         weight = weight / C
@@ -186,6 +195,14 @@ def blocks_of(channels: int, planes: bool, double: bool) -> dict[str, int]:
     return {"BLOCK_C": rows, "BLOCK_N": size // rows}
 
 
+def piece_of(images: int, channels: int, pixels: int, blocks: dict[str, int]) -> int:
+    """Pixels of a piece: so few that there are enough programs, but four tiles."""
+    piece = MOST_PIECE
+    while piece > 4 * blocks["BLOCK_N"] and images * -(-channels // blocks["BLOCK_C"]) * -(-pixels // piece) < BUSY:
+        piece //= 2
+    return piece
+
+
 @operator()
 def spatial_kl(
     student: torch.Tensor,  # [B, C, *S]
@@ -202,21 +219,22 @@ def spatial_kl(
     if B == 0:
         return student.new_zeros((B, C) if each else (), dtype=dtype), rows
     (s, strides_s), (t, strides_t) = planes_of(student), planes_of(teacher)
-    count = max(-(-N // PIECE), 1)
+    double = dtype == torch.float64
+    blocks = blocks_of(C, strides_s[2] == 1, double)
+    piece = piece_of(B, C, N, blocks)
+    count = max(-(-N // piece), 1)
     pieces = student.new_empty((5, B, count, C), dtype=torch.float64)
     values = student.new_empty((B, C), dtype=dtype if each else torch.float64)
     pixels = None if mask is None else mask.flatten(1).sum(1)
-    double = dtype == torch.float64
-    blocks = blocks_of(C, strides_s[2] == 1, double)
     pieces_kernel[(B * count, -(-C // blocks["BLOCK_C"]))](
         s, t, mask, pieces, C, N, count, pieces[0].numel(), math.log2(math.e) / temperature,
         *strides_s, *strides_t,
-        A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, PIECE=PIECE, **blocks,
+        A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, PIECE=piece, **blocks,
     )  # fmt: skip
-    block = min(triton.next_power_of_2(C), 128)
+    block = min(triton.next_power_of_2(C), 32)
     rows_kernel[(B, -(-C // block))](
         pieces, pixels, rows, values, B, C, N, count, pieces[0].numel(), temperature,
-        HAS_MASK=mask is not None, MEAN=reduction == "mean", BLOCK_C=block,
+        HAS_MASK=mask is not None, MEAN=reduction == "mean", BLOCK_C=block, BLOCK_P=16,
     )  # fmt: skip
     if each:
         return values, rows
@@ -239,13 +257,14 @@ def spatial_kl_backward(
     gradient, written, strides_g = gradient_like(student)
     if B * N > 0:
         (s, strides_s), (t, strides_t) = planes_of(student), planes_of(teacher)
-        count = -(-N // PIECE)
         double = rows.dtype == torch.float64
         blocks = blocks_of(C, strides_s[2] == 1, double)
+        piece = piece_of(B, C, N, blocks)
+        count = -(-N // piece)
         gradient_kernel[(B * count, -(-C // blocks["BLOCK_C"]))](
             s, t, mask, rows, upstream, written, C, N, count,
             math.log2(math.e) / temperature, *strides_s, *strides_t, *strides_g, *(upstream.stride() or (0, 0)),
-            A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, PIECE=PIECE, **blocks,
+            A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, PIECE=piece, **blocks,
         )  # fmt: skip
     if written is not gradient:
         gradient.copy_(written)
