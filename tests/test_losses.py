@@ -285,7 +285,7 @@ def test_messages() -> None:
         DMDLoss(3, [])
     with pytest.raises(ValueError, match="projector: got 'conv', want 'conv1x1' or 'transposed'"):
         DMDLoss(3, [4], projector="conv")
-    with pytest.raises(ValueError, match="num_classes: got 1, want at least 2"):
+    with pytest.raises(ValueError, match="num_classes: got 1, want a whole number of at least 2"):
         DMDLoss(1, [4])
     with pytest.raises(ValueError, match="spatial_dims: got 4, want 2 or 3"):
         DMDLoss(3, [4], spatial_dims=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -309,15 +311,57 @@ def test_the_catalogue() -> None:
         losses.build("cwd", tau=4)
 
 
+# by the type of a setting, then by its name
+WRONG = {
+    "float": ("hot", None, True, math.nan, math.inf),
+    "int": ("hot", 1.5, True),
+    "int | None": ("hot", 1.5, True),
+    "str": ("cosin", 1, None),
+    "bool": ("hot", 2, None),
+    "Sequence[int]": ("hot", 1, [1, 1.5], [1, 0], [2], []),
+    "temperature": (0, -1.0),
+    "p": (0.5,),
+    "pool": (0,),
+    "radius": (0,),
+    "num_classes": (0,),
+    "spatial_dims": (0, 4),
+}
+# what a layer has, of which torch makes convolutions, and torch's groups
+NOT_CHECKED = ("student_channels", "teacher_channels", "feature_channels", "process_group")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_wrong_settings_are_told_when_the_loss_is_made(name: str) -> None:
+    needed = {"num_classes": 3, "feature_channels": [4]}
+    parameters = inspect.signature(LOSSES[name]).parameters
+    needed = {key: value for key, value in needed.items() if key in parameters}
+    losses.build(name, **needed)
+    for key, parameter in parameters.items():
+        if key not in NOT_CHECKED:
+            for value in (*WRONG[parameter.annotation], *WRONG.get(key, ())):
+                with pytest.raises(ValueError, match=f"^{key}: got {re.escape(repr(value))}, want "):
+                    losses.build(name, **{**needed, key: value})
+
+
 def test_messages() -> None:
     x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
     for make, message in (
         (lambda: losses.KDLoss(activation="relu"), "activation: got 'relu', want 'softmax', or 'sigmoid'"),
         (lambda: losses.SKDLoss(pool=0), "pool: got 0, want a whole number"),
+        (lambda: losses.SKDLoss(pool=1.5), "pool: got 1.5, want a whole number of at least 1, or None"),
+        (lambda: losses.KDLoss(temperature="hot"), "temperature: got 'hot', want a finite number"),
+        (lambda: losses.DISTLoss(temperature=0), "temperature: got 0, want a number above 0"),
+        (lambda: losses.CPKDLoss(relation="cosin"), "relation: got 'cosin', want one of cosine, pearson, gram"),
+        (lambda: losses.CPKDLoss(relation="row"), "relation: got 'row', want one of cosine, pearson, gram"),
+        (lambda: losses.CPKDLoss(divergence="l1"), "divergence: got 'l1', want one of mse, kl"),
+        (
+            lambda: losses.CPKDLoss(pixel_weight=0, relation="softmax", divergence="kl"),
+            "divergence: got 'kl' with relation='softmax', want 'mse'",
+        ),
         (lambda: losses.ATLoss(p=0.5), "p: got 0.5, want a finite number of at least 1"),
         (lambda: losses.ATLoss(reduction="none"), "reduction: got 'none', want 'mean' or 'sum'"),
-        (lambda: losses.IFVDLoss(0), "num_classes: got 0, want at least 1"),
-        (lambda: losses.EMKDLoss(1), "num_classes: got 1, want at least 2"),
+        (lambda: losses.IFVDLoss(0), "num_classes: got 0, want a whole number of at least 1"),
+        (lambda: losses.EMKDLoss(1), "num_classes: got 1, want a whole number of at least 2"),
         (lambda: losses.SDDLoss(base="ce"), "base: got 'ce', want 'dkd' or 'kd'"),
         (lambda: losses.SDDLoss(scales=(2, 4)), r"scales: got \(2, 4\), want whole numbers, the first 1"),
         (lambda: losses.BoundaryKDLoss(radius=0), "radius: got 0, want a whole number"),

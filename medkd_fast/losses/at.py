@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 from medkd_fast.losses.attention import attention_difference
-from medkd_fast.ops.common import check_power
 
 
 class ATLoss(common.DistillationLoss):
@@ -34,7 +33,8 @@ class ATLoss(common.DistillationLoss):
 
     def __init__(self, p: float = 2, reduction: str = "mean", ignore_index: int = -100) -> None:
         super().__init__()
-        check_power("p", p)
+        settings.check_power("p", p)
+        settings.check_whole("ignore_index", ignore_index)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: got {reduction!r}, want 'mean' or 'sum'")
         self.p = p

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 from medkd_fast.reference.common import which_count
 
 
@@ -35,8 +35,9 @@ class BoundaryKDLoss(common.DistillationLoss):
 
     def __init__(self, temperature: float = 1.0, radius: int = 1, ignore_index: int = -100) -> None:
         super().__init__()
-        if radius < 1:
-            raise ValueError(f"radius: got {radius}, want a whole number of at least 1")
+        settings.check_temperature(temperature)
+        settings.check_whole("radius", radius, at_least=1)
+        settings.check_whole("ignore_index", ignore_index)
         self.temperature = temperature
         self.radius = radius
         self.ignore_index = ignore_index

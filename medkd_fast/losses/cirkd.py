@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common, pooling
+from medkd_fast.losses import common, pooling, settings
 
 
 class CIRKDLoss(common.DistillationLoss):
@@ -37,7 +37,9 @@ class CIRKDLoss(common.DistillationLoss):
 
     def __init__(self, temperature: float = 0.1, pool: int | None = None, ignore_index: int = -100) -> None:
         super().__init__()
+        settings.check_temperature(temperature)
         pooling.check_pool(pool)
+        settings.check_whole("ignore_index", ignore_index)
         self.temperature = temperature
         self.pool = pool
         self.ignore_index = ignore_index

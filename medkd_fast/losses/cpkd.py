@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common, pooling
+from medkd_fast.losses import common, pooling, settings
+from medkd_fast.ops.channel_relation import RELATIONS as CHANNEL_RELATIONS
+from medkd_fast.ops.common import check_choice
+from medkd_fast.ops.pixel_relation import RELATIONS as PIXEL_RELATIONS
+from medkd_fast.ops.relation import DIVERGENCES
 
 
 class CPKDLoss(common.AdaptedLoss):
@@ -59,7 +63,15 @@ class CPKDLoss(common.AdaptedLoss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
+        settings.check_number(channel_weight=channel_weight, pixel_weight=pixel_weight)
+        # without the pixel part those of channels alone are there too
+        check_choice("relation", relation, PIXEL_RELATIONS if pixel_weight else CHANNEL_RELATIONS)
+        check_choice("divergence", divergence, DIVERGENCES)
+        if relation == "softmax" and divergence == "kl":
+            raise ValueError("divergence: got 'kl' with relation='softmax', want 'mse', or another relation")
+        settings.check_temperature(temperature)
         pooling.check_pool(pool)
+        settings.check_whole("ignore_index", ignore_index)
         self.channel_weight = channel_weight
         self.pixel_weight = pixel_weight
         self.relation = relation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 
 
 class CWDLoss(common.AdaptedLoss):
@@ -44,6 +44,8 @@ class CWDLoss(common.AdaptedLoss):
         teacher_channels: int | None = None,
     ) -> None:
         super().__init__()
+        settings.check_temperature(temperature)
+        settings.check_whole("ignore_index", ignore_index)
         common.check_activation(activation)
         self.temperature = temperature
         self.ignore_index = ignore_index

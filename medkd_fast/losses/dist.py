@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 
 
 class DISTLoss(common.DistillationLoss):
@@ -51,6 +51,10 @@ class DISTLoss(common.DistillationLoss):
         process_group: Any = None,
     ) -> None:
         super().__init__()
+        settings.check_number(beta=beta, gamma=gamma)
+        settings.check_temperature(temperature)
+        settings.check_whole("ignore_index", ignore_index)
+        settings.check_flag("sync", sync)
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 from medkd_fast.reference.common import which_count
 
 
@@ -48,6 +48,9 @@ class DKDLoss(common.DistillationLoss):
         activation: str = "softmax",
     ) -> None:
         super().__init__()
+        settings.check_number(alpha=alpha, beta=beta)
+        settings.check_temperature(temperature)
+        settings.check_whole("ignore_index", ignore_index)
         common.check_activation(activation)
         self.alpha = alpha
         self.beta = beta

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 from medkd_fast.losses.spatial import enhanced_spatial
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -80,10 +80,13 @@ class DMDLoss(common.DistillationLoss):
             raise ValueError("feature_channels: got none, want the channels of at least one decoder feature")
         if logit_term not in ("target", "enhanced_spatial"):
             raise ValueError(f"logit_term: got {logit_term!r}, want 'target' or 'enhanced_spatial'")
-        if spatial_dims not in CONV:
-            raise ValueError(f"spatial_dims: got {spatial_dims}, want 2 or 3 (1 for signals)")
-        if num_classes < 2:
-            raise ValueError(f"num_classes: got {num_classes}, want at least 2")
+        if not settings.is_whole(spatial_dims) or spatial_dims not in CONV:
+            raise ValueError(f"spatial_dims: got {spatial_dims!r}, want 2 or 3 (1 for signals)")
+        settings.check_whole("num_classes", num_classes, at_least=2)
+        settings.check_number(feature_weight=feature_weight, logit_weight=logit_weight)
+        settings.check_temperature(temperature)
+        settings.check_flag("decoupled", decoupled)
+        settings.check_whole("ignore_index", ignore_index)
         if decoupled and num_classes == 2:
             warnings.warn(
                 "DMDLoss with 2 classes: the non-target part on the features is always 0; decoupled=False teaches them",

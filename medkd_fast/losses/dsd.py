@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common, pooling
+from medkd_fast.losses import common, pooling, settings
 
 
 class DSDLoss(common.DistillationLoss):
@@ -51,7 +51,10 @@ class DSDLoss(common.DistillationLoss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
+        settings.check_number(category_weight=category_weight, pixel_weight=pixel_weight)
+        settings.check_temperature(temperature)
         pooling.check_pool(pool)
+        settings.check_whole("ignore_index", ignore_index)
         self.category_weight = category_weight
         self.pixel_weight = pixel_weight
         self.temperature = temperature

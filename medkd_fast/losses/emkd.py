@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
-from medkd_fast.ops.common import check_power
+from medkd_fast.losses import common, settings
 
 
 class EMKDLoss(common.DistillationLoss):
@@ -57,8 +56,13 @@ class EMKDLoss(common.DistillationLoss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        common.check_classes(num_classes, at_least=2)
-        check_power("p", p)
+        settings.check_whole("num_classes", num_classes, at_least=2)
+        settings.check_number(
+            prediction_weight=prediction_weight, importance_weight=importance_weight, region_weight=region_weight
+        )
+        settings.check_temperature(temperature)
+        settings.check_power("p", p)
+        settings.check_whole("ignore_index", ignore_index)
         self.num_classes = num_classes
         self.prediction_weight = prediction_weight
         self.importance_weight = importance_weight

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 
 
 class FitNetLoss(common.AdaptedLoss):
@@ -34,6 +34,7 @@ class FitNetLoss(common.AdaptedLoss):
         self, student_channels: int | None = None, teacher_channels: int | None = None, ignore_index: int = -100
     ) -> None:
         super().__init__()
+        settings.check_whole("ignore_index", ignore_index)
         self.ignore_index = ignore_index
         self.adapter = self._adapter(student_channels, teacher_channels)
 

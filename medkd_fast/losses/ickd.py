@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 
 
 class ICKDLoss(common.AdaptedLoss):
@@ -39,6 +39,7 @@ class ICKDLoss(common.AdaptedLoss):
         self, student_channels: int | None = None, teacher_channels: int | None = None, ignore_index: int = -100
     ) -> None:
         super().__init__()
+        settings.check_whole("ignore_index", ignore_index)
         self.ignore_index = ignore_index
         self.adapter = self._adapter(student_channels, teacher_channels)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 from medkd_fast.reference.common import which_count
 
 
@@ -39,7 +39,8 @@ class IFVDLoss(common.DistillationLoss):
 
     def __init__(self, num_classes: int, ignore_index: int = -100) -> None:
         super().__init__()
-        common.check_classes(num_classes)
+        settings.check_whole("num_classes", num_classes, at_least=1)
+        settings.check_whole("ignore_index", ignore_index)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 
 
 class KDLoss(common.DistillationLoss):
@@ -33,6 +33,8 @@ class KDLoss(common.DistillationLoss):
 
     def __init__(self, temperature: float = 4.0, ignore_index: int = -100, activation: str = "softmax") -> None:
         super().__init__()
+        settings.check_temperature(temperature)
+        settings.check_whole("ignore_index", ignore_index)
         common.check_activation(activation)
         self.temperature = temperature
         self.ignore_index = ignore_index

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 
 
 class PKDLoss(common.AdaptedLoss):
@@ -46,6 +46,8 @@ class PKDLoss(common.AdaptedLoss):
         process_group: Any = None,
     ) -> None:
         super().__init__()
+        settings.check_whole("ignore_index", ignore_index)
+        settings.check_flag("sync", sync)
         self.ignore_index = ignore_index
         self.sync = sync
         self.process_group = process_group

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from medkd_fast import functional
+from medkd_fast.losses import settings
 
 
 def check_pool(pool: int | None) -> None:
-    if pool is not None and pool < 1:
-        raise ValueError(f"pool: got {pool}, want a whole number of at least 1, or None")
+    if pool is not None and not (settings.is_whole(pool) and pool >= 1):
+        raise ValueError(f"pool: got {pool!r}, want a whole number of at least 1, or None")
 
 
 def average_pooled(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 from medkd_fast.ops.common import check_labels
 from medkd_fast.reference.common import which_count
 
@@ -54,10 +54,14 @@ class SDDLoss(common.DistillationLoss):
         super().__init__()
         if base not in ("dkd", "kd"):
             raise ValueError(f"base: got {base!r}, want 'dkd' or 'kd'")
-        if not scales or scales[0] != 1 or any(scale < 1 for scale in scales):
+        whole = isinstance(scales, Sequence) and all(settings.is_whole(scale) and scale >= 1 for scale in scales)
+        if not whole or not scales or scales[0] != 1:
             raise ValueError(
-                f"scales: got {tuple(scales)}, want whole numbers, the first 1: the whole map, to which regions are compared"
+                f"scales: got {scales!r}, want whole numbers, the first 1: the whole map, to which regions are compared"
             )
+        settings.check_number(alpha=alpha, beta=beta)
+        settings.check_temperature(temperature)
+        settings.check_whole("ignore_index", ignore_index)
         self.scales = tuple(scales)
         self.base = base
         self.alpha = alpha

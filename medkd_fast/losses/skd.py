@@ -7,7 +7,7 @@ import math
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common, pooling
+from medkd_fast.losses import common, pooling, settings
 
 
 class SKDLoss(common.DistillationLoss):
@@ -39,6 +39,8 @@ class SKDLoss(common.DistillationLoss):
     def __init__(self, pool: int = 2, detach_norm: bool = False, ignore_index: int = -100) -> None:
         super().__init__()
         pooling.check_pool(pool)
+        settings.check_flag("detach_norm", detach_norm)
+        settings.check_whole("ignore_index", ignore_index)
         self.pool = pool
         self.detach_norm = detach_norm
         self.ignore_index = ignore_index

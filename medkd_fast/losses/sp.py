@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from medkd_fast import functional
-from medkd_fast.losses import common
+from medkd_fast.losses import common, settings
 from medkd_fast.processes import all_gather
 
 
@@ -39,6 +39,8 @@ class SPLoss(common.DistillationLoss):
 
     def __init__(self, ignore_index: int = -100, sync: bool = False, process_group: Any = None) -> None:
         super().__init__()
+        settings.check_whole("ignore_index", ignore_index)
+        settings.check_flag("sync", sync)
         self.ignore_index = ignore_index
         self.sync = sync
         self.process_group = process_group
