@@ -48,6 +48,8 @@ DEFAULT_SETTINGS = {"kd": {"temperature": 1.0}, "dsd": {"category_weight": 10.0,
 class LossTerm:
     """One distillation loss of a run. None and () are filled in by `resolve`.
 
+    Raises WrongUse for a loss that there is not, and for what its constructor refuses.
+
     name: of `medkd_fast.losses.available()`. student, teacher: layers; none for what compares the networks' outputs.
     warm_up: steps over which the weight rises from 0. settings: for the loss's constructor.
     """
@@ -75,6 +77,7 @@ class LossTerm:
                 raise WrongUse(
                     f"{self.name} has no setting {setting!r}: choose from weight, student, teacher, warm_up, {', '.join(known)}"
                 )
+        _check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
         """For YAML, without what was not said.
@@ -106,6 +109,16 @@ _FILLED_IN = (
     "ignore_index",
     "process_group",
 )
+
+
+def _check_settings(term: LossTerm) -> None:
+    """Makes the loss, with classes and channels that stand for what the networks will say: it checks its own settings."""
+    stand_in = {"num_classes": 3, "feature_channels": [1], "spatial_dims": 2}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            LOSSES[term.name](**_accepted(term, stand_in))
+        except ValueError as error:
+            raise WrongUse(f"{term.name}: {error}") from error
 
 
 def parse_loss(text: str) -> LossTerm:

@@ -73,6 +73,10 @@ def test_help_lists_the_commands(capsys):
         (["distill", "DATA", "--teacher", "t"], "distill needs a --loss, such as --loss cpkd"),
         (["distill", "DATA", "--teacher", "none.ckpt", "--loss", "kd"], "no run at none.ckpt"),
         (["distill", "DATA", "--teacher", "t", "--loss", "mse"], "unknown distillation loss 'mse': choose from cpkd"),
+        (
+            ["distill", "DATA", "--teacher", "t", "--loss", "kd:temperature=-1"],
+            "kd: temperature: got -1, want a number",
+        ),
         (["distill", "DATA", "--teacher", "t", "--loss", "kd", "--loss", "kd:2"], "the loss kd is given twice"),
         (["evaluate", "nowhere"], "no run at nowhere"),
     ],

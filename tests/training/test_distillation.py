@@ -76,6 +76,13 @@ def test_how_losses_are_written():
         ("dmd:num_classes=2", "dmd has no setting 'num_classes'"),
         ("kd:warm_up=-1", "warm_up of kd must be a number of steps"),
         ("kd:temperature=1,temperature=2", "temperature is given twice"),
+        ("kd:temperature=-1", "kd: temperature: got -1, want a number above 0"),
+        ("kd:temperature=hot", "kd: temperature: got 'hot', want a finite number"),
+        ("dist:temperature=0", "dist: temperature: got 0, want a number above 0"),
+        ("cpkd:relation=cosin", "cpkd: relation: got 'cosin', want one of cosine, pearson, gram"),
+        ("skd:pool=1.5", "skd: pool: got 1.5, want a whole number"),
+        ("dmd:projector=conv", "dmd: projector: got 'conv', want 'conv1x1' or 'transposed'"),
+        ("sdd:scales=1", "sdd: scales: got 1, want whole numbers"),
     ],
 )
 def test_losses_that_are_written_wrongly(text, message):
@@ -194,8 +201,14 @@ def test_what_a_loss_trains_along_comes_from_the_seed():
     assert len(made[0]) == 1 + 2 * 3 and all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
-def test_settings_that_the_loss_refuses_are_a_clear_error():
-    (net, seen), (its_teacher, its_seen) = student(), teacher()
-    terms = resolve([parse_loss("sdd:base=xyz")], seen, its_seen)
-    with pytest.raises(WrongUse, match="base: got 'xyz', want 'dkd' or 'kd'"):
-        make_distiller(terms, student=net, teacher=its_teacher, surveys=(seen, its_seen), ignore_index=None, seed=0)
+def test_what_the_distiller_refuses_is_a_clear_error():
+    net, seen = student()
+    terms = resolve([parse_loss("kd")], seen, seen)
+    with pytest.raises(WrongUse, match="distillation: teacher and student are one network"):
+        make_distiller(terms, student=net, teacher=net, surveys=(seen, seen), ignore_index=None, seed=0)
+
+
+def test_writing_a_loss_down_draws_no_random_number():
+    state = torch.get_rng_state()
+    parse_loss("dmd")  # which has projectors with weights
+    assert torch.equal(torch.get_rng_state(), state)
