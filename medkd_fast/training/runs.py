@@ -11,6 +11,7 @@ import errno
 import logging
 import math
 import platform
+import shutil
 import signal
 import statistics
 import sys
@@ -35,7 +36,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import medkd_fast
-from medkd_fast.training.checkpoints import BEST, LAST, KeptCheckpoints, MovableCheckpoint, newest_good, read_checkpoint
+from medkd_fast.training.checkpoints import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    KeptCheckpoints,
+    MovableCheckpoint,
+    newest_good,
+    read_checkpoint,
+)
 from medkd_fast.training.config import PRECISIONS, RunConfig, read_yaml, write_yaml
 from medkd_fast.training.data.dataset import Dataset, open_dataset
 from medkd_fast.training.data.prepare import Preprocessing, Volume, plan, prepare
@@ -81,6 +90,11 @@ class RunFolder:
     @property
     def finished(self) -> Path:
         return self.path / "finished.json"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to lose: a checkpoint, or the note that the run is finished."""
+        return self.finished.exists() or any((self.checkpoints / name).exists() for name in (LAST, PREVIOUS, BEST))
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,8 @@ class Plan:
 def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
     """Train as `config` says into the folder `out` and return it.
 
-    resume: go on from the folder's last good checkpoint (from the start where there is none yet). On a CPU with the same
+    resume: go on from the folder's last good checkpoint (from the start where there is none yet). A folder whose run was
+    stopped before its first checkpoint is taken over, whatever its configuration. On a CPU with the same
     number of threads the result has the same bits as a run that was never interrupted.
 
     Raises WrongUse where the folder holds a run already (without `resume`) or a run of another configuration, where it cannot
@@ -340,16 +355,16 @@ def check_folder(folder: RunFolder, *, resume: bool) -> None:
     except OSError as error:
         raise WrongUse(f"{folder.path} cannot be written ({error.strerror}): choose another --out") from error
     if folder.config.exists():
-        if not resume:
+        if not resume and folder.begun:
             raise WrongUse(f"{folder.path} holds a run already: add --resume to go on with it, or choose another --out")
     elif any(not p.name.startswith(".") for p in folder.path.iterdir()):
         raise WrongUse(f"{folder.path} is not empty and holds no run: choose another --out")
 
 
 def write_folder(run: Plan, folder: RunFolder) -> None:
-    """config.yaml, split.json and versions.json; or a check that the folder's run is the one asked for."""
+    """config.yaml, split.json and versions.json; where there are checkpoints, a check that the run is the one asked for."""
     asked = run.config.to_dict()
-    if folder.config.exists():
+    if folder.begun:
         there = RunConfig.from_dict(read_yaml(folder.config)).to_dict()
         changed = [
             f"{k} is {there[k]}, asked for {v}" for k, v in asked.items() if k not in _MAY_DIFFER and there[k] != v
@@ -362,10 +377,13 @@ def write_folder(run: Plan, folder: RunFolder) -> None:
         split = read_json(folder.path / "split.json")
         if split != {k: list(v) for k, v in asdict(run.split).items()}:
             raise WrongUse(f"{run.config.data} has other cases than the run in {folder.path}: choose another --out")
+    else:
+        for logs in ("logs", "tensorboard"):  # of a start that came to nothing
+            shutil.rmtree(folder.path / logs, ignore_errors=True)
     try:
+        write_yaml(folder.config, run.config)  # first: it says whose the other files are
         write_json(folder.path / "split.json", asdict(run.split))
         write_json(folder.path / "versions.json", versions())
-        write_yaml(folder.config, run.config)  # last: with it, the folder holds a run
     except OSError as error:
         raise WrongUse(
             f"{folder.path} cannot be written ({error.strerror}): make room or choose another --out"

@@ -18,6 +18,7 @@ import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 
+from medkd_fast.training import runs
 from medkd_fast.training.checkpoints import KeptCheckpoints, newest_good
 from medkd_fast.training.config import RunConfig, read_yaml
 from medkd_fast.training.data.dataset import open_dataset
@@ -177,6 +178,20 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, helped, whole, by):
     assert_same_training(RunFolder(whole).last, RunFolder(out).last)
     assert_same_training(RunFolder(whole).best, RunFolder(out).best)
     assert read_curve(whole, "val_dice") == read_curve(out, "val_dice")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, helped, whole):
+    out = tmp_path / "run"
+    assert killed(helped, out, step=helped.steps, by="SIGINT") == 130
+    assert RunFolder(out).config.exists() and not RunFolder(out).begun
+    other = helped.resolved(epochs=1, steps=2)
+    fit(other, out)  # another configuration takes the folder over, and its curve is its own
+    assert read_curve(out, "task")[0] == [1] and read_yaml(RunFolder(out).config)["steps"] == 2
+
+    out = tmp_path / "resumed"
+    killed(helped, out, step=helped.steps, by="SIGKILL")
+    fit(helped, out, resume=True)
+    assert_same_training(RunFolder(whole).last, RunFolder(out).last)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, helped, whole, capfd):
@@ -409,4 +424,18 @@ def test_a_teacher_that_cannot_teach(tmp_path, config, teacher):
 def test_what_this_machine_cannot_do(tmp_path, config):
     for change in ({"accelerator": "abacus"}, {"strategy": "hope"}):
         with pytest.raises(WrongUse, match="this machine cannot train like that: .*"):
-            fit(config.resolved(**change), tmp_path / next(iter(change)))
+            fit(config.resolved(**change), tmp_path / "run")
+    fit(config.resolved(epochs=1, steps=1), tmp_path / "run")  # nothing was lost
+    with pytest.raises(WrongUse, match="holds a run already"):
+        fit(config.resolved(epochs=1, steps=1), tmp_path / "run")
+
+
+def test_a_start_on_a_full_disk_leaves_nothing_in_the_way(tmp_path, config, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "versions", full)  # what is written beside config.yaml
+    with pytest.raises(WrongUse, match="cannot be written .*make room or choose another --out"):
+        fit(config, tmp_path / "run")
+    monkeypatch.undo()
+    fit(config.resolved(epochs=1, steps=1), tmp_path / "run")
