@@ -10,7 +10,7 @@ from medkd_fast.training.doctor import INSTALL_EXTRA, doctor_lines, missing_extr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command (of `sys.argv` where none is given) and return its exit code: 0, or 2 for wrong use.
+    """Run one command (of `sys.argv` where none is given) and return its exit code: 0, 2 for wrong use, 130 for Ctrl-C.
 
     >>> main(["--help"])  # doctest: +ELLIPSIS
     Usage: medkd-fast ...
@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"medkd-fast: {', '.join(missing)} not installed: run `{INSTALL_EXTRA}`", file=sys.stderr)
         return 2
-    from medkd_fast.training.commands import run
-
+    try:
+        from medkd_fast.training.commands import run
+    except KeyboardInterrupt:  # nothing has begun yet
+        return 130
     return run(arguments)
 
 

@@ -224,6 +224,19 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
     assert "the same command goes on where it was" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_the_commands_are_imported_is_quiet(monkeypatch, capsys):
+    class Stopped:
+        @staticmethod
+        def find_spec(name, path, target=None):
+            if name == "medkd_fast.training.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "medkd_fast.training.commands")
+    monkeypatch.setattr(sys, "meta_path", [Stopped, *sys.meta_path])
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_console_script_is_main():
     done = subprocess.run([sys.executable, "-m", cli.__name__, "evaluate"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("medkd-fast evaluate: Missing argument 'run'")
