@@ -120,7 +120,13 @@ def _is_image(file: Path, suffixes: Sequence[str]) -> bool:
 
 
 def _is_series(folder: Path) -> bool:
-    return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    """Whether a folder holds a DICOM series; ITK's warning that it does not is no news."""
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def _outputs(cases: Sequence[Case], out: Path) -> list[Path]:
