@@ -188,7 +188,8 @@ def _tuple(name: str, value: Any, lengths: tuple[int, ...], kind: Any) -> tuple 
     if len(values) not in lengths or not all(
         isinstance(v, kind) and not isinstance(v, bool) and v >= 0 for v in values
     ):
-        raise WrongUse(f"{name} must be {' or '.join(map(str, lengths))} numbers, got {value!r}")
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise WrongUse(f"{name} must be {' or '.join(map(str, lengths))} {numbers} >= 0, got {value!r}")
     return values
 
 
