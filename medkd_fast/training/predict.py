@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import SimpleITK as sitk
 
 from medkd_fast.training.bars import track
 from medkd_fast.training.data.dataset import Case
+from medkd_fast.training.data.layouts.nnunet import CHANNEL
 from medkd_fast.training.data.prepare import prepare_case, to_source
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, sha256, write_atomically, write_json
@@ -92,6 +92,13 @@ def find_cases(source: Path, *, channels: int) -> list[Case]:
             groups.setdefault(_case_name(file, channels), []).append(file)
         elif file.is_dir() and _is_series(file):
             groups.setdefault(file.name, []).append(file)
+    own = [name for name in groups if (numbered := CHANNEL.fullmatch(name)) and numbered[1] in groups]
+    if own:
+        print(
+            f"medkd-fast: the network takes {channels} channel{'s' * (channels > 1)}, so these are cases of their own: "
+            f"{', '.join(own[:3])}{', ...' if own[3:] else ''}; if they are channels, take them out of {source}",
+            file=sys.stderr,
+        )
     if not groups:
         raise WrongUse(f"{source} holds no image ({', '.join(IMAGES)}) and no DICOM series: give another folder")
     return [_case(name, files) for name, files in sorted(groups.items())]
@@ -104,7 +111,7 @@ def _case(name: str, files: Sequence[Path]) -> Case:
 def _case_name(file: Path, channels: int) -> str:
     """`liver_01` for `liver_01_0000.nii.gz`: the name without nnU-Net's number of the channel."""
     stem = _stem(file)
-    found = re.fullmatch(r"(.+)_(\d{4})", stem)
+    found = CHANNEL.fullmatch(stem)
     return found[1] if found and int(found[2]) < channels else stem
 
 

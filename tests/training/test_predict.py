@@ -130,7 +130,7 @@ def test_a_dicom_series_and_a_slice(teacher, tmp_path):
     assert sitk.ReadImage(str(tmp_path / "flat.nii.gz")).GetSize() == (24, 20)
 
 
-def test_channels_are_files_with_a_number(tmp_path):
+def test_channels_are_files_with_a_number(tmp_path, capsys):
     for name in (
         "liver_01_0000.nii.gz",
         "liver_01_0001.nii.gz",
@@ -142,7 +142,12 @@ def test_channels_are_files_with_a_number(tmp_path):
     cases = find_cases(tmp_path, channels=2)
     assert [(c.name, len(c.images)) for c in cases] == [("liver_01", 2), ("liver_02", 2), ("x_0007", 1)]
     assert [p.name for p in cases[0].images] == ["liver_01_0000.nii.gz", "liver_01_0001.nii.gz"]
+    assert capsys.readouterr().err == ""
     assert find_cases(tmp_path, channels=1)[0].name == "liver_01"
+    assert capsys.readouterr().err == (
+        "medkd-fast: the network takes 1 channel, so these are cases of their own: liver_01_0001, liver_02_0001; "
+        f"if they are channels, take them out of {tmp_path}\n"
+    )
 
 
 def test_wrong_use(teacher, tmp_path, capsys):
