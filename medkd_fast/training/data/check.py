@@ -20,6 +20,7 @@ from rich.table import Table
 from medkd_fast.training.bars import track
 from medkd_fast.training.data.dataset import IGNORE, Case, Dataset
 from medkd_fast.training.data.geometry import Geometry, same_grid
+from medkd_fast.training.data.layouts import nnunet
 from medkd_fast.training.data.prepare import class_of, crop_slices, known_values, unknown_values
 from medkd_fast.training.data.read import Repaired, counts_of, read_images, read_label, uneven
 from medkd_fast.training.data.split import split_by_patient
@@ -206,6 +207,9 @@ def _check_whole(dataset: Dataset, facts: list[Facts]) -> Iterator[Finding]:
     for name, count in Counter(c.name for c in dataset.cases).items():
         if count > 1:
             yield Finding(ERROR, name, f"{count} cases have this name: every case needs one of its own")
+    if dataset.layout == "nnunet":
+        for path in nnunet.stray_labels(dataset):
+            yield Finding(WARNING, "", f"the label {path} belongs to no image: call it as its image, without _0000")
     if not dataset.labelled:
         yield Finding(ERROR, "", "no case has a label: there is nothing to learn from")
         return

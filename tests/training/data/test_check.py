@@ -103,6 +103,15 @@ def test_missing_label_and_missing_file(tmp_path, root, ct, label):
     assert (level, case) == (ERROR, "s1") and message.endswith("s1.mha is not there")
 
 
+def test_a_label_that_is_called_otherwise_than_its_image(root):
+    labels = root / "labelsTr"
+    (labels / "ct_003.nii.gz").rename(labels / "ct_3.nii.gz")
+    assert findings(root) == [
+        (WARNING, "ct_003", "no label: not trained on"),
+        (WARNING, "", f"the label {labels / 'ct_3.nii.gz'} belongs to no image: call it as its image, without _0000"),
+    ]
+
+
 def test_other_grid(root, label):
     moved = sitk.Image(label)
     moved.SetOrigin([o + 3.0 for o in label.GetOrigin()])

@@ -12,7 +12,7 @@ from typing import Any
 
 from medkd_fast.training.data.dataset import Case, Dataset
 from medkd_fast.training.data.layouts import acdc
-from medkd_fast.training.data.layouts.common import dataset_json, named_labels
+from medkd_fast.training.data.layouts.common import IMAGE_ENDINGS, dataset_json, named_labels
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
 
@@ -48,6 +48,15 @@ def open(root: Path) -> Dataset:
         label_values=label_values,
         split=Split(tuple(c.name for c in train if c.label), test=scored) if scored else None,
     )
+
+
+def stray_labels(dataset: Dataset) -> list[Path]:
+    """Label files that belong to no case: called otherwise than their image, or without one."""
+    if "dataset" in dataset_json(dataset.root):  # which lists what it wants
+        return []
+    known = {c.label for c in dataset.cases}
+    files = sorted(path for folder in ("labelsTr", "labelsTs") for path in (dataset.root / folder).glob("*"))
+    return [p for p in files if p not in known and p.name.endswith(IMAGE_ENDINGS) and not p.name.startswith(".")]
 
 
 def _listed(root: Path, info: dict[str, Any]) -> list[Case]:
