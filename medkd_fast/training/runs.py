@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -357,7 +357,11 @@ def check_folder(folder: RunFolder, *, resume: bool) -> None:
     if folder.config.exists():
         if not resume and folder.begun:
             raise WrongUse(f"{folder.path} holds a run already: add --resume to go on with it, or choose another --out")
-    elif any(not p.name.startswith(".") for p in folder.path.iterdir()):
+        # taken over is what a start of ours left, not whatever has a config.yaml
+        ours = folder.begun or set(read_yaml(folder.config)) <= {f.name for f in fields(RunConfig)}
+    else:
+        ours = all(p.name.startswith(".") for p in folder.path.iterdir())
+    if not ours:
         raise WrongUse(f"{folder.path} is not empty and holds no run: choose another --out")
 
 

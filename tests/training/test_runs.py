@@ -366,6 +366,15 @@ def test_folders_that_cannot_be_used(tmp_path, config, teacher):
     with pytest.raises(WrongUse, match=r"thesis.txt/run cannot be written \(Not a directory\): choose another --out"):
         fit(config, tmp_path / "other" / "thesis.txt" / "run")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+    # a project that has a config.yaml and logs of its own
+    (tmp_path / "project" / "logs").mkdir(parents=True)
+    (tmp_path / "project" / "config.yaml").write_text("lr: 3\n")
+    (tmp_path / "project" / "logs" / "metrics.csv").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(WrongUse, match="not empty and holds no run"):
+            fit(config, tmp_path / "project", resume=resume)
+    assert (tmp_path / "project" / "config.yaml").read_text() == "lr: 3\n"
+    assert (tmp_path / "project" / "logs" / "metrics.csv").read_text() == "mine"
 
 
 def test_another_teacher_under_the_same_name_is_another_run(tmp_path, config, teacher):
