@@ -16,7 +16,11 @@ from medkd_fast.kernels.planes import planes_of
 from medkd_fast.reference.common import arithmetic
 
 #: Slots of an image, at most; pixels of one, at least; classes that a program adds up at a time.
-MOST_SLOTS, STRETCH, MOST_CLASSES = 64, 1024, 16
+MOST_SLOTS, STRETCH, MOST_CLASSES = 256, 1024, 16
+#: Tiles that are added up element by element before the threads put their sums together, which takes longer than a tile.
+TILES: tl.constexpr = tl.constexpr(16)
+#: Slots that are read at a time.
+BLOCK_SLOTS: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -53,29 +57,36 @@ def sums_kernel(
         total = tl.full([BLOCK_K, BLOCK_C], 0.0, tl.float64)
         number = tl.full([BLOCK_K], 0.0, tl.float64)
         other = tl.full([BLOCK_K], 0.0, tl.float64)
-        for n in range(first, tl.minimum(first + stretch, N), BLOCK_N):
-            o_n = n + tl.arange(0, BLOCK_N)
-            label, outside = load_labels(target, i_b * N + o_n, o_n < N, K, ignore_index)
-            b_x = load_features(
-                x + i_b * stride_b,
-                o_c[:, None],
-                o_n[None, :],
-                C,
-                label[None, :],
-                outside[None, :],
-                stride_c,
-                stride_n,
-                A,
-            )
-            own = o_k[:, None] == label[None, :]  # [BLOCK_K, BLOCK_N]
-            number += tl.sum(own.to(tl.float64), 1)
+        end = tl.minimum(first + stretch, N)
+        for start in range(first, end, TILES * BLOCK_N):
+            part = tl.zeros([BLOCK_K, BLOCK_C, BLOCK_N], A)
+            part_number = tl.zeros([BLOCK_K, BLOCK_N], tl.int32)
+            part_other = tl.zeros([BLOCK_K, BLOCK_N], A)
+            for n in range(start, tl.minimum(start + TILES * BLOCK_N, end), BLOCK_N):
+                o_n = n + tl.arange(0, BLOCK_N)
+                label, outside = load_labels(target, i_b * N + o_n, o_n < N, K, ignore_index)
+                b_x = load_features(
+                    x + i_b * stride_b,
+                    o_c[:, None],
+                    o_n[None, :],
+                    C,
+                    label[None, :],
+                    outside[None, :],
+                    stride_c,
+                    stride_n,
+                    A,
+                )
+                own = o_k[:, None] == label[None, :]  # [BLOCK_K, BLOCK_N]
+                part_number += own.to(tl.int32)
+                if WEIGHTED:
+                    b_x *= tl.load(weight + i_b * N + o_n, label >= 0, 0.0)[None, :]
+                    v = tl.load(along + i_b * N + o_n, label >= 0, 0.0)
+                    part_other += tl.where(own, v[None, :], 0.0)
+                part += tl.where(own[:, None, :], b_x[None, :, :], 0.0)
+            total += tl.sum(part, 2).to(tl.float64)
+            number += tl.sum(part_number, 1).to(tl.float64)
             if WEIGHTED:
-                w = tl.load(weight + i_b * N + o_n, label >= 0, 0.0)
-                b_x *= w[None, :]
-                v = tl.load(along + i_b * N + o_n, label >= 0, 0.0)
-                other += tl.sum(tl.where(own, v[None, :], 0.0).to(tl.float64), 1)
-            of_tile = tl.where(own[:, None, :], b_x[None, :, :], 0.0)
-            total += tl.sum(of_tile, 2).to(tl.float64)
+                other += tl.sum(part_other, 1).to(tl.float64)
         at = i_slot * K + o_k
         tl.store(slots + at[:, None] * C + o_c[None, :], total, m_k[:, None] & (o_c < C)[None, :])
         if tl.program_id(1) == 0:
@@ -86,21 +97,24 @@ def sums_kernel(
 @triton.jit
 def add_numbers(of_class, i_b, i_k, K, count):
     """The number of a class's pixels, and its sum of `along`."""
-    number = tl.full((), 0.0, tl.float64)
-    other = tl.full((), 0.0, tl.float64)
-    for slot in range(count):
-        at = (i_b * count + slot) * K + i_k
-        number += tl.load(of_class + at * 2)
-        other += tl.load(of_class + at * 2 + 1)
-    return number, other
+    number = tl.full([BLOCK_SLOTS], 0.0, tl.float64)
+    other = tl.full([BLOCK_SLOTS], 0.0, tl.float64)
+    for slot in range(0, count, BLOCK_SLOTS):
+        o_s = slot + tl.arange(0, BLOCK_SLOTS)
+        at = (i_b * count + o_s) * K + i_k
+        number += tl.load(of_class + at * 2, o_s < count, 0.0)
+        other += tl.load(of_class + at * 2 + 1, o_s < count, 0.0)
+    return tl.sum(number, 0), tl.sum(other, 0)
 
 
 @triton.jit
 def add_slots(slots, i_b, i_k, o_c, C, K, count):
-    total = tl.full(o_c.shape, 0.0, tl.float64)
-    for slot in range(count):
-        total += tl.load(slots + ((i_b * count + slot) * K + i_k) * C + o_c, o_c < C, 0.0)
-    return total
+    total = tl.full([BLOCK_SLOTS, o_c.shape[0]], 0.0, tl.float64)
+    for slot in range(0, count, BLOCK_SLOTS):
+        o_s = (slot + tl.arange(0, BLOCK_SLOTS))[:, None]
+        at = ((i_b * count + o_s) * K + i_k) * C + o_c[None, :]
+        total += tl.load(slots + at, (o_s < count) & (o_c < C)[None, :], 0.0)
+    return tl.sum(total, 0)
 
 
 class Sums(NamedTuple):
