@@ -253,6 +253,8 @@ def test_bad_arguments(backend: str) -> None:
         class_pearson(x, x[..., :2, :2])
     with pytest.raises(ValueError, match="got 2 and 1 classes, want the same"):
         class_pearson(x, x[:, :1])
+    with pytest.raises(ValueError, match=r"got 1 class, want at least 2; .*activation=\"sigmoid\""):
+        class_pearson(x[:, :1], x[:, :1])
     with pytest.raises(ValueError, match=r"temperature: got 0\.0"):
         class_pearson(x, x, temperature=0.0)
     with pytest.raises(ValueError, match="teacher requires grad"):

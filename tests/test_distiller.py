@@ -546,6 +546,10 @@ def test_messages() -> None:
     kd(images)
     with pytest.raises(ValueError, match=r"8 and 12 channels.*Distiller\(..., example=images\)"):
         kd.loss(labels)
+    one_class = Distiller(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), [Term("kd")])
+    one_class(images)
+    with pytest.raises(ValueError, match=r"got 1 class, want at least 2; .*activation=\"sigmoid\""):
+        one_class.loss(labels)
     student.extra = nn.ReLU()
     kd = Distiller(teacher, student, [Term("at", "extra", "head")])
     kd(images)

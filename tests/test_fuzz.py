@@ -674,8 +674,6 @@ def logit_calls(draw: st.DrawFn, operator: str) -> Call:
     if operator == "decoupled_kl":
         for name in ("target_weight", "nontarget_weight"):
             settings[name] = draw(st.sampled_from([1.0, 0.5, 2.0, 0.0]))
-    elif draw(st.integers(0, 9)) == 0:
-        drawn["channels"] = 1
     low = None
     if draw(st.booleans()):
         low = tuple(draw(st.integers(min(1, n), n)) for n in drawn["size"])

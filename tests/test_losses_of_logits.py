@@ -44,6 +44,8 @@ def bernoulli_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
 def test_sigmoid_heads(composed: str, size: tuple[int, ...]) -> None:
     student, teacher = logits(*size)
     shared, own = labels(2, 2, *size), labels(2, 2, 4, *size)
+    one_channel = KDLoss(temperature=3.0, activation="sigmoid")(student[:, :1], teacher[:, :1])
+    assert_close(one_channel, 9 * bernoulli_kl(student[:, :1], teacher[:, :1], 3.0).mean(), 1e-12)
     for target, counts in ((own, own != -100), (shared, (shared != -100).unsqueeze(1).expand_as(own))):
 
         def formula(x: torch.Tensor, counts: torch.Tensor = counts) -> torch.Tensor:
@@ -58,6 +60,24 @@ def test_sigmoid_heads(composed: str, size: tuple[int, ...]) -> None:
     check(lambda x: cwd(x, teacher), lambda x: 9 * bernoulli_kl(x, teacher, 3.0).sum() / 8, student)
     counts = (shared != -100).unsqueeze(1)
     check(lambda x: cwd(x, teacher, shared), lambda x: 9 * (bernoulli_kl(x, teacher, 3.0) * counts).sum() / 8, student)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        KDLoss(),
+        DKDLoss(),
+        DISTLoss(),
+        SDDLoss(base="kd"),
+        BoundaryKDLoss(),
+        EMKDLoss(2),
+    ],
+)
+def test_one_class_is_refused(loss: Loss) -> None:
+    student, teacher = logits(6, 7, classes=1)
+    extra = ([student], [teacher]) if isinstance(loss, EMKDLoss) else ()
+    with pytest.raises(ValueError, match=r"got 1 class, want at least 2; .*activation=\"sigmoid\""):
+        loss(student, teacher, torch.zeros(2, 6, 7, dtype=torch.long), *extra)
 
 
 @SIZES

@@ -31,7 +31,7 @@ def class_kl(
     Args:
         student: logits [B, C, *S], or [B, C, *smaller]: upsampled inside the kernel (linear, align_corners=False).
             float32, bfloat16, float16 or float64, in any memory format; gradients flow to it alone.
-        teacher: logits [B, C, *S]; may have another dtype.
+        teacher: logits [B, C, *S], C >= 2; may have another dtype.
         temperature: divides both logits.
         target: labels [B, *S] or [B, 1, *S]; only says, with `ignore_index`, which pixels to leave out.
         weight: [B, *S], weight of every pixel; weight 0 leaves a pixel out.
@@ -41,7 +41,7 @@ def class_kl(
         The loss, float32 (float64 for float64 inputs). No valid pixel: 0.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a teacher that requires grad.
+        ValueError: shapes or devices that do not fit, C < 2, or a teacher that requires grad.
         TypeError: a dtype that does not fit.
 
     >>> import torch

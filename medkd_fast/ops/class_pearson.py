@@ -41,7 +41,7 @@ def class_pearson(
     Args:
         student: logits [B, C, *S]: float32, bfloat16, float16 or float64, in any memory format; gradients flow to it
             alone.
-        teacher: logits [B, C, *S]; may have another dtype.
+        teacher: logits [B, C, *S], C >= 2; may have another dtype.
         temperature: divides both logits.
         target: labels [B, *S] or [B, 1, *S]; pixels with `ignore_index` are left out.
         process_group: sums are taken over the batches of this group of processes, for example
@@ -53,7 +53,7 @@ def class_pearson(
         weights. No valid pixel: 0.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a teacher that requires grad.
+        ValueError: shapes or devices that do not fit, C < 2, or a teacher that requires grad.
         TypeError: a dtype that does not fit.
 
     >>> import torch

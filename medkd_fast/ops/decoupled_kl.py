@@ -72,8 +72,6 @@ def decoupled_kl(
     common.check_temperature(temperature)
     common.check_choice("reduction", reduction, common.REDUCTIONS)
     check_logits(student, teacher)
-    if teacher.shape[1] < 2:
-        raise ValueError("student and teacher: got 1 class, want at least 2; a sigmoid head is two classes, [0, logit]")
     target = common.labels(target, teacher)
     weight = pixel_weight(weight, student, teacher)
     settings = (float(target_weight), float(nontarget_weight), float(temperature), int(ignore_index))
@@ -93,16 +91,21 @@ def decoupled_kl(
 
 
 def check_classes(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Equal classes, at least one."""
+    """Equal classes, at least two: the softmax of one is constant, without a loss and without a gradient."""
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student and teacher: got {student.shape[1]} and {teacher.shape[1]} classes, want the same classes in the same "
             "order; select the common ones from the teacher's logits"
         )
+    if student.shape[1] < 2:
+        raise ValueError(
+            f"student and teacher: got {student.shape[1]} class, want at least 2; a sigmoid head is two classes, [0, logit], "
+            'as KDLoss, DKDLoss and CWDLoss make them with activation="sigmoid"'
+        )
 
 
 def check_logits(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Equal classes, and a student no larger than the teacher along any axis."""
+    """Equal classes, at least two, and a student no larger than the teacher along any axis."""
     check_classes(student, teacher)
     if any(s > t or (s == 0) != (t == 0) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)):
         raise ValueError(

@@ -188,3 +188,6 @@ def test_messages() -> None:
         MonaiLoss(losses.KDLoss(), reduction="avg")
     with pytest.raises(ValueError, match=r"target: got shape \(8, 6\), want labels \[B, 1, \*S\] or one-hot"):
         as_labels(target[0, 0])
+    one_class = torch.randn(3, 1, 8, 6)
+    with pytest.raises(ValueError, match=r"got 1 class, want at least 2; .*activation=\"sigmoid\""):
+        MonaiLoss(losses.KDLoss())(one_class, one_class, target)
