@@ -127,6 +127,18 @@ def test_ignored_pixels_do_not_matter(composed: str, name: str) -> None:
 
 
 @EVERY
+def test_a_teacher_under_inference_mode(composed: str, name: str) -> None:
+    student, teacher, target = inputs(torch.float32)
+    loss = made(name).float()
+    want, want_gradient = value_and_gradient(lambda x: call(name, loss, x, teacher, target), student)
+    with torch.inference_mode():
+        teacher, target = teacher.clone(), target.clone()
+    value, gradient = value_and_gradient(lambda x: call(name, loss, x, teacher, target), student)
+    assert_close(value, want, 0)
+    assert_close(gradient, want_gradient, 0)
+
+
+@EVERY
 def test_without_a_valid_pixel_it_is_zero(composed: str, name: str) -> None:
     student, teacher, target = inputs()
     value, gradient = run(name, student, teacher, torch.full_like(target, -100))

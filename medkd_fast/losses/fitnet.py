@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from medkd_fast.losses import common, settings
+from medkd_fast.ops.common import savable
 
 
 class FitNetLoss(common.AdaptedLoss):
@@ -47,7 +48,7 @@ class FitNetLoss(common.AdaptedLoss):
         mask = common.counted(target, teacher, self.ignore_index)
         s, t = common.wide(student), common.wide(teacher)
         if mask is None:
-            loss = F.mse_loss(s, t)
+            loss = F.mse_loss(s, savable(t))
         else:
             # selected before the square, whose gradient would be no number where the features are none
             kept = torch.where(mask.unsqueeze(1), s - t, 0)

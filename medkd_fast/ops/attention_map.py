@@ -42,7 +42,7 @@ def attention_map(x: torch.Tensor, *, power: float = 2.0, mask: torch.Tensor | N
     if backend == "reference":
         return common.plainly(reference, x, mask, float(power))
     if common.wants_gradient(x):
-        return AttentionMap.apply(x, mask, backend, float(power))
+        return common.apply(AttentionMap, x, mask, backend, float(power))
     return kernel("attention_map", backend)(x, mask, float(power))[0]
 
 

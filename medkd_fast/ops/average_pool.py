@@ -51,9 +51,9 @@ def average_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Te
     mask = pixel_mask(mask, x)
     backend = choose("average_pool", x.device.type, x.numel())
     if backend == "reference":
-        return AveragePool(*reference(x, mask, steps))
+        return AveragePool(*common.plainly(reference, x, mask, steps))
     if common.wants_gradient(x):
-        return AveragePool(*AveragePoolFunction.apply(x, mask, backend, steps))
+        return AveragePool(*common.apply(AveragePoolFunction, x, mask, backend, steps))
     return AveragePool(*kernel("average_pool", backend)(x, mask, steps))
 
 

@@ -65,7 +65,7 @@ def channel_gram(
     if backend == "reference":
         return common.plainly(reference, x, mask, relation, temperature)
     if common.wants_gradient(x):
-        return ChannelGram.apply(x, mask, backend, relation, temperature)
+        return common.apply(ChannelGram, x, mask, backend, relation, temperature)
     return kernel("channel_gram", backend)(x, mask, relation, temperature)[0]
 
 

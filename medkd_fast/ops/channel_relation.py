@@ -73,7 +73,7 @@ def channel_relation(
     if backend == "reference":
         return common.plainly(reference, student, teacher, mask, *settings)
     if common.wants_gradient(student):
-        return ChannelRelation.apply(student, teacher, mask, backend, *settings)
+        return common.apply(ChannelRelation, student, teacher, mask, backend, *settings)
     return kernel("channel_relation", backend)(student, teacher, mask, *settings)[0]
 
 

@@ -64,7 +64,7 @@ def class_kl(
     if backend == "reference":
         return common.plainly(reference, student, teacher, target, weight, *settings, reduction)
     if common.wants_gradient(student):
-        return PixelLoss.apply(student, teacher, target, weight, "class_kl", backend, settings, reduction)[0]
+        return common.apply(PixelLoss, student, teacher, target, weight, "class_kl", backend, settings, reduction)[0]
     return call("class_kl", backend, student, teacher, target, weight, *settings, reduction, False)[0]
 
 

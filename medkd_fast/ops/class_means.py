@@ -53,7 +53,7 @@ def class_means(x: torch.Tensor, target: torch.Tensor, *, num_classes: int, igno
     if backend == "reference":
         return ClassMeans(*common.plainly(reference, x, target, *settings))
     if common.wants_gradient(x):
-        return ClassMeans(*ClassMeansFunction.apply(x, target, backend, *settings))
+        return ClassMeans(*common.apply(ClassMeansFunction, x, target, backend, *settings))
     return ClassMeans(*kernel("class_means", backend)(x, target, *settings))
 
 

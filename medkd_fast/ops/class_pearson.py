@@ -78,7 +78,9 @@ def class_pearson(
     if backend == "reference":
         outputs = common.plainly(reference, student, teacher, target, *weights, *settings, process_group)
         return ClassPearson(outputs[0], outputs[1].detach(), outputs[2].detach())
-    return ClassPearson(*ClassPearsonLoss.apply(student, teacher, target, backend, weights, settings, process_group))
+    return ClassPearson(
+        *common.apply(ClassPearsonLoss, student, teacher, target, backend, weights, settings, process_group)
+    )
 
 
 class ClassPearsonLoss(torch.autograd.Function):

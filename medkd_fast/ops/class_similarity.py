@@ -47,7 +47,7 @@ def class_similarity(
     if backend == "reference":
         return common.plainly(reference, x, target, *settings)
     if common.wants_gradient(x):
-        return ClassSimilarity.apply(x, target, backend, *settings)
+        return common.apply(ClassSimilarity, x, target, backend, *settings)
     return kernel("class_similarity", backend)(x, target, *settings)[0]
 
 

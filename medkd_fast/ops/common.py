@@ -101,10 +101,22 @@ def wants_gradient(student: torch.Tensor) -> bool:
     return student.requires_grad and torch.is_grad_enabled()
 
 
+def savable(x: Any) -> Any:
+    """A tensor from `torch.inference_mode`, which autograd does not save, as one that it does; all else as it is."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Calls the autograd function of an operator."""
+    return function.apply(*(savable(x) for x in args))
+
+
 def plainly(function: Callable[..., Result], student: torch.Tensor, *args: Any, **settings: Any) -> Result:
     """Calls a reference outside autocast, which would take its matrix products to half precision."""
     with torch.autocast(student.device.type, enabled=False):
-        return function(student, *args, **settings)
+        return function(student, *(savable(x) for x in args), **settings)
 
 
 class FirstOrderOnly(torch.autograd.Function):

@@ -83,7 +83,7 @@ def decoupled_kl(
         return DecoupledKL(outputs[0], outputs[1].detach(), outputs[2].detach())
     if common.wants_gradient(student):
         return DecoupledKL(
-            *PixelLoss.apply(student, teacher, target, weight, "decoupled_kl", backend, settings, reduction)
+            *common.apply(PixelLoss, student, teacher, target, weight, "decoupled_kl", backend, settings, reduction)
         )
     return DecoupledKL(
         *call("decoupled_kl", backend, student, teacher, target, weight, *settings, reduction, False)[:3]

@@ -73,7 +73,9 @@ def importance_and_affinity(
     if backend == "reference":
         return ImportanceAndAffinity(*common.plainly(reference, student, teacher, target, *settings))
     if common.wants_gradient(student):
-        return ImportanceAndAffinity(*ImportanceAndAffinityFunction.apply(student, teacher, target, backend, *settings))
+        return ImportanceAndAffinity(
+            *common.apply(ImportanceAndAffinityFunction, student, teacher, target, backend, *settings)
+        )
     return ImportanceAndAffinity(*kernel("importance_and_affinity", backend)(student, teacher, target, *settings)[:2])
 
 

@@ -51,9 +51,9 @@ def max_pool(x: torch.Tensor, window: int | Sequence[int], *, mask: torch.Tensor
     mask = pixel_mask(mask, x)
     backend = choose("max_pool", x.device.type, x.numel())
     if backend == "reference":
-        return MaxPool(*reference(x, mask, steps))
+        return MaxPool(*common.plainly(reference, x, mask, steps))
     if common.wants_gradient(x):
-        pooled, place = MaxPoolFunction.apply(x, mask, backend, steps)
+        pooled, place = common.apply(MaxPoolFunction, x, mask, backend, steps)
     else:
         pooled, place = kernel("max_pool", backend)(x, mask, steps)
     return MaxPool(pooled, None if mask is None else counted(place))

@@ -46,7 +46,7 @@ def pixel_affinity(x: torch.Tensor, *, relation: str = "cosine") -> torch.Tensor
     if backend == "reference":
         return common.plainly(reference, x, relation)
     if common.wants_gradient(x):
-        return PixelAffinity.apply(x, backend, relation)
+        return common.apply(PixelAffinity, x, backend, relation)
     return kernel("pixel_affinity", backend)(x, relation)
 
 

@@ -81,14 +81,14 @@ def pixel_relation(
     backend = choose("pixel_relation", student.device.type, student.numel(), C if divergence == "mse" else pairs)
     if backend == "reference":
         if window:
-            student, left = reference_pool(student, mask, window)
-            teacher, mask = reference_pool(teacher, mask, window)[0], left
+            student, left = common.plainly(reference_pool, student, mask, window)
+            teacher, mask = common.plainly(reference_pool, teacher, mask, window)[0], left
         return common.plainly(reference, student, teacher, mask, relation, divergence, temperature, across, reduction)
     kl = divergence == "kl"
     name = "pixel_relation_kl" if kl else "pixel_relation"
     settings = (relation, temperature, across, reduction) if kl else (relation, across, reduction)
     if common.wants_gradient(student):
-        return PixelRelation.apply(student, teacher, mask, name, backend, window, settings)
+        return common.apply(PixelRelation, student, teacher, mask, name, backend, window, settings)
     if window:
         student, teacher, mask, _ = _pooled(student, teacher, mask, backend, window)
     return kernel(name, backend)(student, teacher, mask, *settings)[0]

@@ -59,7 +59,7 @@ def spatial_kl(
     if backend == "reference":
         return common.plainly(reference, student, teacher, mask, *settings)
     if common.wants_gradient(student):
-        return SpatialKL.apply(student, teacher, mask, backend, *settings)
+        return common.apply(SpatialKL, student, teacher, mask, backend, *settings)
     return kernel("spatial_kl", backend)(student, teacher, mask, *settings)[0]
 
 

@@ -51,7 +51,7 @@ def standardised_mse(
     backend = choose("standardised_mse", student.device.type, student.numel())
     if backend == "reference":
         return common.plainly(reference, student, teacher, mask, process_group)
-    return StandardisedMSE.apply(student, teacher, mask, backend, process_group)
+    return common.apply(StandardisedMSE, student, teacher, mask, backend, process_group)
 
 
 class StandardisedMSE(torch.autograd.Function):
