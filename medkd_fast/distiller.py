@@ -90,7 +90,8 @@ class Distiller(nn.Module):
     Losses are copied: a term may be used again.
 
     Raises:
-        ValueError: a layer that does not exist or a wildcard that means several where one is wanted.
+        ValueError: a layer that does not exist or a wildcard that means several where one is wanted; or a module that teacher
+            and student share.
 
     >>> from medkd_fast.losses import CPKDLoss, DKDLoss
     >>> teacher = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
@@ -122,8 +123,8 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"got {len(self.teachers)} teachers and {len(self.terms)} terms, want at least one of each"
             )
-        if any(unwrapped(x) is unwrapped(student) for x in self.teachers):
-            raise ValueError("teacher and student are one network; the teacher needs a copy: copy.deepcopy(student)")
+        for network in self.teachers:
+            _check_apart(unwrapped(network), unwrapped(student))
         self.names = _names(self.terms)
         self._calls = [_call(term) for term in self.terms]
         self._student_layers = self._layers(student, "student")
@@ -244,7 +245,7 @@ class Distiller(nn.Module):
             self.step += 1  # before the weights: compiled, the backward takes them from what it finds afterwards
         with torch.no_grad():
             for network in self.teachers:
-                if network.training:
+                if any(module.training for module in network.modules()):
                     network.eval()
                 network(*args, **kwargs)
 
@@ -318,6 +319,20 @@ class Distiller(nn.Module):
                 "example of the images: example=images"
             )
         return settings
+
+
+def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """No module of the teacher is the student's, too."""
+    if teacher is student:
+        raise ValueError("teacher and student are one network; the teacher needs a copy: copy.deepcopy(student)")
+    its = set(teacher.modules())
+    for name, module in student.named_modules():
+        if module in its:
+            shared = f"the student's {name!r}" if name else "all of the student"
+            raise ValueError(
+                f"teacher and student share {shared}: it would be in eval mode with the teacher, and a batch norm in it would run "
+                "twice; give a copy of the teacher: copy.deepcopy(teacher)"
+            )
 
 
 @dataclass(frozen=True)

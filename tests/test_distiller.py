@@ -258,10 +258,11 @@ def test_the_teacher_is_nobodys_parameter() -> None:
     assert {name.split(".")[0] for name in kd.state_dict()} == {"student", "losses"}
     kd.train()
     assert not any(module.training for module in teacher.modules())
-    teacher.train()  # somebody else does
-    kd(images)
-    kd.loss(labels).backward()
-    assert_same(teacher.state_dict(), before, 0)
+    for some in (teacher, teacher.stem[1]):
+        some.train()  # somebody else does
+        kd(images)
+        kd.loss(labels).backward()
+        assert_same(teacher.state_dict(), before, 0)
     assert all(p.grad is None for p in teacher.parameters())
     assert next(kd.double().teachers[0].parameters()).dtype == torch.float64
     kd(images.double())
@@ -542,6 +543,11 @@ def test_messages() -> None:
             Distiller(teacher, student, make())
     with pytest.raises(ValueError, match=r"one network; the teacher needs a copy: copy.deepcopy\(student\)"):
         Distiller(student, student, [Term("kd")])
+    other = Net(4)
+    other.stem = student.stem
+    with pytest.raises(ValueError, match=r"share the student's 'stem': .*copy.deepcopy\(teacher\)"):
+        Distiller([teacher, other], student, [Term("kd")])
+    Distiller([teacher, copy.deepcopy(other)], student, [Term("kd")]).close()
     kd = Distiller(teacher, student, [Term("cwd", "decoder.0")])
     kd(images)
     with pytest.raises(ValueError, match=r"8 and 12 channels.*Distiller\(..., example=images\)"):
