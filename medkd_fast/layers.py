@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -72,7 +73,6 @@ def finest(output: Any, dims: int | None = None) -> torch.Tensor:
         for key in OUTPUT_KEYS:
             if key in output:
                 return finest(output[key], dims)
-        output = list(output.values())
     maps = [x for x in _tensors(output) if x.dim() >= 3 and x.is_floating_point()]
     if not maps:
         raise ValueError(f"a layer gave {type(output).__name__} without a map [B, C, *S]; name one that gives a map")
@@ -82,8 +82,8 @@ def finest(output: Any, dims: int | None = None) -> torch.Tensor:
 def _tensors(output: Any) -> Iterable[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         yield output
-    elif isinstance(output, list | tuple):
-        for part in output:
+    elif isinstance(output, list | tuple | Mapping):
+        for part in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(part)
 
 
@@ -103,9 +103,26 @@ class Caught:
         self.running = False
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.outputs: dict[str, Any] = {}
+        self.versions: dict[str, dict[int, int]] = {}  # of the tensors in the outputs, by their id
+        self.warned: set[tuple[str, str]] = set()
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs, self.outputs, self.versions = (args, kwargs), {}, {}
 
     def clear(self) -> None:
-        self.inputs, self.outputs = None, {}
+        self.inputs, self.outputs, self.versions = None, {}, {}
+
+    def keep(self, name: str, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            if name in self.outputs:
+                self._warn(
+                    name,
+                    "ran more than once in one run of the network, and what it gave last is compared; give every place a layer of "
+                    "its own, or name another layer",
+                )
+            # inference tensors have no version
+            self.versions[name] = {id(x): x._version for x in _tensors(output) if not x.is_inference()}
+        self.outputs[name] = output
 
     def map(self, name: str) -> torch.Tensor:
         """The map [B, C, *S] of a layer; of the network itself by ""."""
@@ -116,8 +133,21 @@ class Caught:
             )
         images = next((x for x in self.inputs[0] if isinstance(x, torch.Tensor)), None) if self.inputs else None
         found = finest(self.outputs[name], images.dim() if images is not None and not name else None)
+        if not torch.compiler.is_compiling():
+            before = self.versions.get(name, {}).get(id(found))
+            if before is not None and found._version != before:
+                self._warn(
+                    name,
+                    "gave a tensor that was changed in place afterwards, as ReLU(inplace=True) does, and the changed one is "
+                    "compared; name the layer that changes it, or make that with inplace=False",
+                )
         # of a tensor that carries more, as MONAI's with its affine, the values
         return found if type(found) is torch.Tensor else torch.Tensor.as_subclass(found, torch.Tensor)
+
+    def _warn(self, name: str, what: str) -> None:
+        if (name, what) not in self.warned:
+            self.warned.add((name, what))
+            warnings.warn(f"{self.whose}: the layer {name!r} {what}", stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         return Caught(self.whose, self.in_eval).__dict__
@@ -135,7 +165,7 @@ class Start:
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.caught.running = network.training or self.caught.in_eval
         if self.caught.running:
-            self.caught.inputs, self.caught.outputs = (args, kwargs), {}
+            self.caught.start(args, kwargs)
 
 
 class Catch:
@@ -146,7 +176,7 @@ class Catch:
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self.caught.running:
-            self.caught.outputs[self.name] = output
+            self.caught.keep(self.name, output)
             self.caught.running = self.name != ""
 
 

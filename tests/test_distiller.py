@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -344,6 +345,78 @@ def test_gradient_checkpointing() -> None:
         found.append((value, gradients(student)))
     assert_close(found[1][0], found[0][0], 1e-6)
     assert_same(found[1][1], found[0][1], 1e-6)
+
+
+class InPlace(nn.Module):
+    """A convolution that an activation changes, which runs again at the end."""
+
+    def __init__(self, inplace: bool, recompute: bool | None = None, again: bool = False):
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv2d(1, 4, 1), nn.ReLU(inplace), nn.Conv2d(4, CLASSES, 1)
+        self.recompute, self.again = recompute, again
+
+    def forward(self, images):
+        def features(x):
+            return self.act(self.conv(x))
+
+        x = features(images) if self.recompute is None else checkpoint(features, images, use_reentrant=self.recompute)
+        return self.act(self.head(x)) if self.again else self.head(x)
+
+
+@pytest.mark.parametrize("recompute", [None, False])
+def test_a_layer_that_is_changed_in_place_is_told_once(recompute: bool | None) -> None:
+    images, labels = batch()
+    changed = InPlace(True, recompute)
+    for teacher, student, whose in ((InPlace(False), changed, "student"), (changed, InPlace(False), "teacher")):
+        kd = Distiller(teacher, student, [Term("at", "conv"), Term("fitnet", "conv")])
+        kd(images)
+        with pytest.warns(
+            UserWarning, match=f"{whose}: the layer 'conv' gave a tensor that was changed in place"
+        ) as told:
+            value = kd.loss(labels)
+        assert len(told) == 1
+        t, s = ((x.conv(images).relu() if x is changed else x.conv(images)) for x in (teacher, student))
+        assert_close(value, losses.ATLoss()(s, t.detach()) + losses.FitNetLoss()(s, t.detach()), 1e-6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kd(images)
+            kd.loss(labels).backward()
+        kd.close()
+
+
+def test_a_layer_that_runs_twice_is_told_once() -> None:
+    images, labels = batch()
+    for teacher, student, whose in (
+        (InPlace(False), InPlace(False, again=True), "student"),
+        (InPlace(False, again=True), InPlace(False), "teacher"),
+    ):
+        kd = Distiller(teacher, student, [Term("at", "act")])
+        with pytest.warns(UserWarning, match=f"{whose}: the layer 'act' ran more than once") as told:
+            kd(images)
+        assert len(told) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kd(images)
+            kd.loss(labels)
+        kd.close()
+
+
+@pytest.mark.parametrize("of", ["recomputed", "inference mode", "compiled"])
+def test_layers_that_there_is_nothing_to_tell_of(of: str) -> None:
+    torch._dynamo.reset()
+    images, labels = batch()
+    teacher, student = InPlace(False), InPlace(False, recompute=False if of == "recomputed" else None)
+    if of == "inference mode":
+        teacher.forward = torch.inference_mode()(teacher.forward)
+    kd = Distiller(teacher, student, [Term("at", "conv"), Term("fitnet", "act"), Term("dkd")])
+    if of == "compiled":
+        kd.student = torch.compile(student, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*the layer")
+        for _ in range(2):
+            kd(images)
+            kd.loss(labels).backward()
+    assert all(p.grad.abs().sum() > 0 for p in student.parameters())
 
 
 def test_a_layer_without_a_gradient_is_told() -> None:
