@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -118,7 +118,7 @@ class Distiller(nn.Module):
         # in a tuple, where nn.Module does not look for submodules
         self.teachers = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
         self.student = student
-        self.terms = tuple(terms)
+        self.terms = _checked(terms)
         if not self.terms or not self.teachers:
             raise ValueError(
                 f"got {len(self.teachers)} teachers and {len(self.terms)} terms, want at least one of each"
@@ -319,6 +319,16 @@ class Distiller(nn.Module):
                 "example of the images: example=images"
             )
         return settings
+
+
+def _checked(terms: Sequence[Term]) -> tuple[Term, ...]:
+    if not isinstance(terms, Iterable):
+        raise TypeError(f"terms: got {type(terms).__name__}, want a list of Terms, such as [Term('dkd')]")
+    found = tuple(terms)
+    for term in found:
+        if not isinstance(term, Term):
+            raise TypeError(f"terms: got {term!r} among them, want a list of Terms, such as [Term('dkd')]")
+    return found
 
 
 def _check_apart(teacher: nn.Module, student: nn.Module) -> None:

@@ -599,6 +599,8 @@ def test_messages() -> None:
         (lambda: Term(losses.KDLoss(), settings={"temperature": 2}), ValueError, "this one is made already"),
         (lambda: Term("kd", weight=-1), ValueError, "weight: got -1, want a finite number of at least 0"),
         (lambda: Term("kd", warm_up=-1), ValueError, "warm_up: got -1, want a number of steps"),
+        (lambda: Term("dkd"), TypeError, r"terms: got Term, want a list of Terms, such as \[Term\('dkd'\)\]"),
+        (lambda: ["dkd"], TypeError, "terms: got 'dkd' among them, want a list of Terms"),
         (list, ValueError, "got 1 teachers and 0 terms, want at least one of each"),
         (
             lambda: [Term("at", "decoder.3")],

@@ -127,6 +127,18 @@ def test_ignored_pixels_do_not_matter(composed: str, name: str) -> None:
 
 
 @EVERY
+@pytest.mark.parametrize("make", [lambda x: [x], lambda x: (x, x), lambda x: {"out": x}], ids=["list", "tuple", "dict"])
+def test_several_outputs_in_place_of_one_are_told(name: str, make: Callable) -> None:
+    student, teacher, target = inputs()
+    extra = CASES[name].extra(student, teacher)
+    key = "'out'" if isinstance(make(0), dict) else 0
+    for whose, pair in (("student", (make(student), teacher)), ("teacher", (student, make(teacher)))):
+        got = f"{whose}: got {type(make(0)).__name__}"
+        with pytest.raises(TypeError, match=rf"{got}, .*\(deep supervision\) take one, such as {whose}\[{key}\]"):
+            made(name)(*pair, target, **extra)
+
+
+@EVERY
 def test_a_teacher_under_inference_mode(composed: str, name: str) -> None:
     student, teacher, target = inputs(torch.float32)
     loss = made(name).float()
@@ -382,13 +394,21 @@ def test_messages() -> None:
         (lambda: losses.ATLoss()(x, x, y[0]), r"target: got shape \(4, 4\), want \[B, \*S\]"),
         (lambda: losses.DSDLoss()(x, x, student_features=[x], teacher_features=[x]), "got 1 and 1 layers.*at least 2"),
         (lambda: losses.EMKDLoss(3)(x, x, y, [x], []), "got 1 and 0 layers, want the same number"),
-        (
-            lambda: losses.KDLoss(activation="sigmoid")(x, x, torch.zeros(2, 2, 4, 4)),
-            r"want \(2, 3, 4, 4\), or one for",
-        ),
     ):
         with pytest.raises(ValueError, match=message):
             make()
+    for loss in (losses.KDLoss(activation="sigmoid"), losses.DKDLoss(activation="sigmoid")):
+        with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) and \(1, 3, 4, 4\), want \[B, C, \*S\] with the same B"):
+            loss(x, x[:1], y)
+        with pytest.raises(ValueError, match="got 3 and 2 classes, want the same classes"):
+            loss(x, x[:, :2], y)
+        for target in (y.expand(2, 2, 2, 4, 4)[0], y[..., :3], y[:1]):
+            with pytest.raises(
+                ValueError, match=rf"{re.escape(str(tuple(target.shape)))}, want \(2, 3, 4, 4\), or one for"
+            ):
+                loss(x, x, target)
+        with pytest.raises(TypeError, match="target: got torch.float32, want integer labels"):
+            loss(x, x, y.float())
     for loss in (losses.IFVDLoss(3), losses.SDDLoss(), losses.BoundaryKDLoss()):
         with pytest.raises(TypeError, match="target: got NoneType, want labels"):
             loss(x, x, None)

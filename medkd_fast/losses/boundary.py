@@ -44,6 +44,7 @@ class BoundaryKDLoss(common.DistillationLoss):
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """student, teacher: logits [B, C, *S]; target: labels [B, *S] or [B, 1, *S]."""
+        common.check_dims(student, teacher)
         edge = boundary(common.resized_labels(target, teacher), self.ignore_index, self.radius)
         loss = functional.class_kl(student, teacher, temperature=self.temperature, weight=common.wide(edge))
         self.parts = {"kl": loss.detach()}

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from medkd_fast import functional
-from medkd_fast.ops.common import labels
+from medkd_fast.ops.common import check_integers, check_map, labels
+from medkd_fast.ops.decoupled_kl import check_same_classes
 from medkd_fast.reference.common import which_count
 
 Pool = Callable[..., torch.Tensor]
@@ -49,6 +50,8 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_dims(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    check_map("student", student)
+    check_map("teacher", teacher)
     if student.dim() != teacher.dim() or student.shape[0] != teacher.shape[0] or not 3 <= student.dim() <= 5:
         raise ValueError(
             f"student and teacher: got shapes {tuple(student.shape)} and {tuple(teacher.shape)}, "
@@ -196,6 +199,12 @@ def check_activation(activation: str) -> None:
         )
 
 
+def check_heads(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """For logits of sigmoid heads, before `as_two_classes` gives them shapes that nobody gave."""
+    check_dims(student, teacher)
+    check_same_classes(student, teacher)
+
+
 def as_two_classes(x: torch.Tensor) -> torch.Tensor:
     """Logits of sigmoid heads [B, C, *S] as those of two classes, [B·C, 2, *S]: softmax of [0, x] is [1 − σ(x), σ(x)]."""
     return torch.stack([torch.zeros_like(x), x], 2).flatten(0, 1)
@@ -204,11 +213,11 @@ def as_two_classes(x: torch.Tensor) -> torch.Tensor:
 def labels_of_heads(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Labels of every head [B·C, *S] from [B, C, *S], or from [B, *S] or [B, 1, *S] that all heads share."""
     check_target(target)
-    if target.dim() == like.dim() - 1:
-        target = target.unsqueeze(1)
-    want = (like.shape[0], like.shape[1], *like.shape[2:])
-    if target.dim() != like.dim() or target.shape[1] not in (1, want[1]):
+    heads = target.unsqueeze(1) if target.dim() == like.dim() - 1 else target
+    want = tuple(like.shape)
+    if tuple(heads.shape) not in (want, (want[0], 1, *want[2:])):
         raise ValueError(
             f"target: got shape {tuple(target.shape)}, want {want}, or one for all heads: {(want[0], *want[2:])}"
         )
-    return target.expand(-1, want[1], *target.shape[2:]).flatten(0, 1)
+    check_integers(target)
+    return heads.expand_as(like).flatten(0, 1)

@@ -62,6 +62,7 @@ class DKDLoss(common.DistillationLoss):
         """student, teacher: logits [B, C, *S], C >= 2; target: labels [B, *S] or [B, 1, *S], for "sigmoid" also
         [B, C, *S], which there only say what to ignore."""
         if self.activation == "sigmoid":
+            common.check_heads(student, teacher)
             # from either of two classes the divergence is the same
             counts = which_count(common.labels_of_heads(target, teacher), self.ignore_index)
             target = torch.where(counts, 0, self.ignore_index)

@@ -43,6 +43,7 @@ class KDLoss(common.DistillationLoss):
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """student, teacher: logits [B, C, *S]; target: labels [B, *S] or [B, 1, *S], for "sigmoid" also [B, C, *S]."""
         if self.activation == "sigmoid":
+            common.check_heads(student, teacher)
             target = None if target is None else common.labels_of_heads(target, teacher)
             student, teacher = common.as_two_classes(student), common.as_two_classes(teacher)
         loss = functional.class_kl(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +16,20 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
 DEBUG = os.environ.get("MEDKD_FAST_DEBUG") == "1"
 
 
+def check_map(name: str, x: torch.Tensor) -> None:
+    """A tensor."""
+    if isinstance(x, torch.Tensor):
+        return
+    first = next(iter(x), 0) if isinstance(x, Mapping) else 0
+    hint = f"; of several outputs (deep supervision) take one, such as {name}[{first!r}]"
+    raise TypeError(
+        f"{name}: got {type(x).__name__}, want a tensor [B, C, *S]{hint * isinstance(x, list | tuple | Mapping)}"
+    )
+
+
 def check_features(name: str, x: torch.Tensor) -> None:
     """A floating tensor [B, C, *S]."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, want a tensor [B, C, *S]")
+    check_map(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got {x.dtype}, want a tensor of float32, bfloat16, float16 or float64")
     if x.dim() < 3:
@@ -79,9 +89,13 @@ def per_pixel(name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The target as contiguous integer labels [B, *S]."""
     target = per_pixel("target", target, like)
+    check_integers(target)
+    return target
+
+
+def check_integers(target: torch.Tensor) -> None:
     if target.dtype not in INTEGERS:
         raise TypeError(f"target: got {target.dtype}, want integer labels; convert with target.long()")
-    return target
 
 
 def check_labels(target: torch.Tensor, classes: int, ignore_index: int) -> None:

@@ -90,13 +90,17 @@ def decoupled_kl(
     )
 
 
-def check_classes(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Equal classes, at least two: the softmax of one is constant, without a loss and without a gradient."""
+def check_same_classes(student: torch.Tensor, teacher: torch.Tensor) -> None:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student and teacher: got {student.shape[1]} and {teacher.shape[1]} classes, want the same classes in the same "
             "order; select the common ones from the teacher's logits"
         )
+
+
+def check_classes(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Equal classes, at least two: the softmax of one is constant, without a loss and without a gradient."""
+    check_same_classes(student, teacher)
     if student.shape[1] < 2:
         raise ValueError(
             f"student and teacher: got {student.shape[1]} class, want at least 2; a sigmoid head is two classes, [0, logit], "
