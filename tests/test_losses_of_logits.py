@@ -60,6 +60,9 @@ def test_sigmoid_heads(composed: str, size: tuple[int, ...]) -> None:
     check(lambda x: cwd(x, teacher), lambda x: 9 * bernoulli_kl(x, teacher, 3.0).sum() / 8, student)
     counts = (shared != -100).unsqueeze(1)
     check(lambda x: cwd(x, teacher, shared), lambda x: 9 * (bernoulli_kl(x, teacher, 3.0) * counts).sum() / 8, student)
+    own[:, 0] = -100  # two of eight maps leave the mean
+    counts = own != -100
+    check(lambda x: cwd(x, teacher, own), lambda x: 9 * (bernoulli_kl(x, teacher, 3.0) * counts).sum() / 6, student)
 
 
 @pytest.mark.parametrize(

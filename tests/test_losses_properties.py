@@ -126,6 +126,33 @@ def test_ignored_pixels_do_not_matter(composed: str, name: str) -> None:
         assert_close(gradient, want_gradient, 1e-12)
 
 
+#: Losses of classes that exclude each other: they take one label a pixel.
+ONE_LABEL = ("dmd", "emkd", "ifvd", "sdd", "boundary_kd", "dist")
+
+
+@EVERY
+def test_labels_of_classes_that_do_not_exclude_each_other(composed: str, name: str) -> None:
+    student, teacher, target = inputs()
+    heads = torch.randint(0, 2, (2, CLASSES, *SIZE))
+    heads[0, :, 2:4, :3] = -100
+    if name.split()[0] in ONE_LABEL or name in ("kd", "dkd"):
+        with pytest.raises(
+            ValueError, match=r"got shape \(2, 4, 8, 6\), want one label a pixel.*activation=\"sigmoid\""
+        ):
+            run(name, student, teacher, heads)
+        return
+    target[0, 2:4, :3] = -100
+    want, want_gradient = run(name, student, teacher, target)
+    if "sigmoid" not in name:
+        heads[1, 0, 4] = -100  # of one class alone: the pixel counts
+        heads = heads[:, :3]  # features have other channels
+    value, gradient = run(name, student, teacher, heads.to(torch.int16))
+    assert_close(value, want, 1e-12)
+    assert_close(gradient, want_gradient, 1e-12)
+    with pytest.raises(TypeError, match="target: got torch.float64, want integer labels"):
+        run(name, student, teacher, heads.double())
+
+
 @EVERY
 @pytest.mark.parametrize("make", [lambda x: [x], lambda x: (x, x), lambda x: {"out": x}], ids=["list", "tuple", "dict"])
 def test_several_outputs_in_place_of_one_are_told(name: str, make: Callable) -> None:
@@ -409,6 +436,10 @@ def test_messages() -> None:
                 loss(x, x, target)
         with pytest.raises(TypeError, match="target: got torch.float32, want integer labels"):
             loss(x, x, y.float())
+    with pytest.raises(
+        ValueError, match=r"target: got shape \(2, 2, 4, 4\), want 3 channels as the logits have, or one"
+    ):
+        losses.CWDLoss(activation="sigmoid")(x, x, y.expand(2, 2, 4, 4))
     for loss in (losses.IFVDLoss(3), losses.SDDLoss(), losses.BoundaryKDLoss()):
         with pytest.raises(TypeError, match="target: got NoneType, want labels"):
             loss(x, x, None)

@@ -55,7 +55,8 @@ class MonaiLoss(_Loss):
 
     Args:
         loss: called as loss(student, teacher, target).
-        include_background, sigmoid: see `as_labels`. A sigmoid head also needs a loss made for one: KDLoss(activation="sigmoid").
+        include_background, sigmoid: see `as_labels`. A sigmoid head also needs a loss made for one, such as
+            KDLoss(activation="sigmoid"), or one on features that needs no classes; others raise.
         reduction: "mean" is the loss of the batch as it is; "none" one value for each image [B], as if it were the batch, and
             "sum" their sum.
 

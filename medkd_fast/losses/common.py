@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from medkd_fast import functional
-from medkd_fast.ops.common import check_integers, check_map, labels
+from medkd_fast.ops.common import check_integers, check_map, check_one_label, labels, of_heads
 from medkd_fast.ops.decoupled_kl import check_same_classes
 from medkd_fast.reference.common import which_count
 
@@ -105,6 +105,7 @@ def check_target(target: torch.Tensor) -> None:
 def resized_labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Labels [B, *S] or [B, 1, *S] at the spatial size of `like`, by the nearest pixel (the lower index of two)."""
     check_target(target)
+    check_one_label(target, like)
     if target.dim() == like.dim() and target.shape[1] == 1:
         target = target.squeeze(1)
     if target.dim() != like.dim() - 1:
@@ -120,8 +121,29 @@ def resized_labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def counted(target: torch.Tensor | None, like: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-    """Which pixels [B, *S] of a map count: all (None) without a target, else those with another label than ignore_index."""
-    return None if target is None else which_count(resized_labels(target, like), ignore_index)
+    """Which pixels [B, *S] of a map count: all (None) without a target, else those with another label than ignore_index.
+
+    Of labels of sigmoid heads, [B, heads, *S], those that not all heads ignore.
+    """
+    if target is None:
+        return None
+    if of_heads(target, like):
+        check_integers(target)
+        return resized_labels(which_count(target, ignore_index).any(1).byte(), like) != 0
+    return which_count(resized_labels(target, like), ignore_index)
+
+
+def counted_of_heads(target: torch.Tensor | None, like: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
+    """`counted` for every head [B·C, *S]: from labels of its own, [B, C, *S], or from those that all heads share."""
+    if target is None:
+        return None
+    if not of_heads(target, like):
+        return which_count(resized_labels(target, like), ignore_index).repeat_interleave(like.shape[1], 0)
+    if target.shape[1] != like.shape[1]:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, want {like.shape[1]} channels as the logits have, or one for all heads"
+        )
+    return which_count(resized_labels(target.flatten(0, 1), like.flatten(0, 1).unsqueeze(1)), ignore_index)
 
 
 def squared_difference(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ class CWDLoss(common.AdaptedLoss):
         temperature: divides both maps.
         ignore_index: with a target, pixels with this label leave the softmax.
         activation: "sigmoid" for binary and multi-label heads: the Bernoulli distribution of every pixel instead of the
-            softmax over them: T² / (N·C) · Σ over pixels of their KL, which grows with the number of pixels.
+            softmax over them: T² / (N·C) · Σ over pixels of their KL, which grows with the number of pixels. N·C are the
+            channels with a valid pixel; with labels [N, C, *S] each channel has its own.
         student_channels, teacher_channels: where they differ, a 1×1 convolution on the student; train it along.
 
     A student of another spatial size is brought to the teacher's: linear upsampling, or averaging.
@@ -53,20 +54,21 @@ class CWDLoss(common.AdaptedLoss):
         self.adapter = self._adapter(student_channels, teacher_channels)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-        """student, teacher: logits or features [B, C, *S]; target: labels, of any size."""
+        """student, teacher: logits or features [B, C, *S]; target: labels, of any size, for "sigmoid" also of every channel."""
         student = common.adapted(self.adapter, common.to_teacher_size(student, teacher), teacher, self)
-        mask = common.counted(target, teacher, self.ignore_index)
         if self.activation == "softmax":
+            mask = common.counted(target, teacher, self.ignore_index)
             loss = functional.spatial_kl(student, teacher, temperature=self.temperature, mask=mask)
         else:
-            channels = student.shape[0] * student.shape[1]
+            mask = common.counted_of_heads(target, teacher, self.ignore_index)
             loss = functional.class_kl(
                 common.as_two_classes(student),
                 common.as_two_classes(teacher),
                 temperature=self.temperature,
-                weight=None if mask is None else common.wide(mask).repeat_interleave(student.shape[1], 0),
+                weight=None if mask is None else common.wide(mask),
                 reduction="sum",
             )
-            loss = loss / max(channels, 1)
+            channels = student.shape[0] * student.shape[1]
+            loss = loss / (max(channels, 1) if mask is None else mask.flatten(1).any(1).sum().clamp(min=1))
         self.parts = {"kl": loss.detach()}
         return loss

@@ -88,9 +88,24 @@ def per_pixel(name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def labels(target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The target as contiguous integer labels [B, *S]."""
+    check_one_label(target, like)
     target = per_pixel("target", target, like)
     check_integers(target)
     return target
+
+
+def of_heads(target: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether labels are those of several classes that do not exclude each other, [B, C, *S] for `like` of that shape."""
+    return isinstance(target, torch.Tensor) and target.dim() == like.dim() and target.shape[1] > 1
+
+
+def check_one_label(target: torch.Tensor, like: torch.Tensor) -> None:
+    if of_heads(target, like):
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, want one label a pixel, [B, *S] or [B, 1, *S]; classes that do not exclude "
+            'each other, [B, C, *S], go with activation="sigmoid" of KDLoss, DKDLoss and CWDLoss, and with losses on features that '
+            "need no classes"
+        )
 
 
 def check_integers(target: torch.Tensor) -> None:

@@ -53,6 +53,31 @@ def test_sigmoid_heads() -> None:
     assert_close(MonaiLoss(one, sigmoid=True)(student, teacher, target.float()), one(student, teacher), 1e-6)
     without = MonaiLoss(one, sigmoid=True, include_background=False)(student, teacher, target)
     assert_close(without, one(student[:, 1:], teacher[:, 1:]), 1e-6)
+    cwd = losses.CWDLoss(activation="sigmoid")
+    assert_close(MonaiLoss(cwd, sigmoid=True)(student, teacher, target.float()), cwd(student, teacher), 1e-6)
+    without = MonaiLoss(cwd, sigmoid=True, include_background=False)(student, teacher, target)
+    assert_close(without, cwd(student[:, 1:], teacher[:, 1:]), 1e-6)
+    with pytest.raises(ValueError, match="want one label a pixel"):
+        MonaiLoss(losses.IFVDLoss(CLASSES), sigmoid=True)(student, teacher, target)
+
+
+@pytest.mark.parametrize("include_background", [True, False])
+def test_a_step_of_sigmoid_heads(include_background: bool) -> None:
+    teacher, student = networks()
+    data = batches()[:1]
+    image, label = data[0]["image"], one_hot(data[0]["label"], CLASSES)
+    data[0]["label"] = label
+    cwd = losses.CWDLoss(activation="sigmoid")
+    terms = [Term(cwd), Term("cpkd", "upcat_2"), Term("fitnet", "upcat_2")]
+    kd = Distiller(teacher, student, terms, example=image)
+    with torch.no_grad():
+        s, t = copy.deepcopy(student)(image).as_tensor(), teacher(image).as_tensor()
+    classes = slice(None) if include_background else slice(1, None)
+    want = cwd(s[:, classes], t[:, classes])
+    settings = {"include_background": include_background, "sigmoid": True}
+    output = trained(kd, data, student, DiceCELoss(sigmoid=True), **settings).state.output[0]
+    assert float(output["kd/cwd"]) == pytest.approx(want.item(), rel=1e-4)
+    assert float(output["kd/cpkd"]) > 0 and float(output["kd/fitnet"]) > 0
 
 
 @pytest.mark.parametrize("loss", [losses.DKDLoss(), losses.CWDLoss()], ids=["dkd", "cwd"])
@@ -86,7 +111,7 @@ def batches(dims: int = 2) -> list[dict[str, torch.Tensor]]:
 
 
 def trained(kd: Distiller, data: list[dict], network: nn.Module, loss: nn.Module, **settings) -> SupervisedTrainer:
-    include_background = settings.pop("include_background", True)
+    words = {name: settings.pop(name) for name in ("include_background", "sigmoid") if name in settings}
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
@@ -94,7 +119,7 @@ def trained(kd: Distiller, data: list[dict], network: nn.Module, loss: nn.Module
         network=network,
         optimizer=torch.optim.SGD(kd.parameters(), lr=0.05),
         loss_function=loss,
-        iteration_update=distillation_step(kd, include_background=include_background),
+        iteration_update=distillation_step(kd, **words),
         **settings,
     )
     trainer.run()
