@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -331,13 +332,19 @@ def _checked(terms: Sequence[Term]) -> tuple[Term, ...]:
     return found
 
 
+def _changes_with_its_mode(module: nn.Module) -> bool:
+    """Whether something in it may: what has parameters or buffers, and a dropout."""
+    dropout = any(isinstance(x, nn.modules.dropout._DropoutNd) for x in module.modules())
+    return dropout or next(itertools.chain(module.parameters(), module.buffers()), None) is not None
+
+
 def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
-    """No module of the teacher is the student's, too."""
+    """No module of the teacher is the student's, too, unless it is the same in train and in eval mode, as an activation is."""
     if teacher is student:
         raise ValueError("teacher and student are one network; the teacher needs a copy: copy.deepcopy(student)")
     its = set(teacher.modules())
     for name, module in student.named_modules():
-        if module in its:
+        if module in its and _changes_with_its_mode(module):
             shared = f"the student's {name!r}" if name else "all of the student"
             raise ValueError(
                 f"teacher and student share {shared}: it would be in eval mode with the teacher, and a batch norm in it would run "

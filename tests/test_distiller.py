@@ -623,6 +623,13 @@ def test_messages() -> None:
     with pytest.raises(ValueError, match=r"share the student's 'stem': .*copy.deepcopy\(teacher\)"):
         Distiller([teacher, other], student, [Term("kd")])
     Distiller([teacher, copy.deepcopy(other)], student, [Term("kd")]).close()
+    for shared, fine in ((nn.ReLU(), True), (nn.Dropout(), False)):
+        both = (nn.Sequential(nn.Conv2d(1, 2, 1), shared) for _ in range(2))
+        if fine:
+            Distiller(*both, [Term("kd")]).close()
+        else:
+            with pytest.raises(ValueError, match="share the student's '1'"):
+                Distiller(*both, [Term("kd")])
     kd = Distiller(teacher, student, [Term("cwd", "decoder.0")])
     kd(images)
     with pytest.raises(ValueError, match=r"8 and 12 channels.*Distiller\(..., example=images\)"):

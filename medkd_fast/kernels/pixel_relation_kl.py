@@ -473,6 +473,6 @@ def pixel_relation_kl_backward(
         ALL_S=all_channels,
         CHUNK=4096,
         BLOCK_OUT=BLOCK_OUT,
-        **plan.flags,
+        **{**plan.flags, "BLOCK_J": 32},  # of 64 pixels the sums and two relations would not fit the registers
     )
     return finish(gradient, plan.student, mask, relation, student)

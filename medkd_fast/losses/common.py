@@ -156,11 +156,6 @@ def mean_square(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor
     return squared_difference(student, teacher) / (student.numel() if mask is None else mask.sum().clamp(min=1))
 
 
-def check_classes(num_classes: int, at_least: int = 1) -> None:
-    if num_classes < at_least:
-        raise ValueError(f"num_classes: got {num_classes}, want at least {at_least}")
-
-
 def check_layers(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], at_least: int) -> None:
     """As many features of the student as of the teacher."""
     if len(student) != len(teacher) or len(student) < at_least:
