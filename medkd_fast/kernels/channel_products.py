@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medkd_fast.kernels.common import share_of
 from medkd_fast.kernels.pixel_images import pixels_of
 from medkd_fast.kernels.planes import gradient_like, planes_of
 
@@ -155,15 +156,15 @@ def transform_kernel(
 def products_kernel(
     x, mask, shift,  # [B, C]
     partial,  # [B, slots, C, W]: upper triangles of Y Yᵀ, and the sums of Y in column C
-    C, W, N, slots, pairs,  # of blocks of channels
+    C, W, N, share, slots, pairs,  # pixels of a slot; of blocks of channels
     stride_b, stride_c, stride_p, to_base_2: tl.float64, FEATURES: tl.constexpr, SUMS: tl.constexpr,
-    HAS_MASK: tl.constexpr, ONE_BLOCK: tl.constexpr, SLOT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # neighbouring programs read the same pixels
     i_slot = (tl.program_id(0) // pairs).to(tl.int64)
     i_b = i_slot // slots
-    first = i_slot % slots * SLOT
+    first = i_slot % slots * share
     # pair 0, 1, 2, ...: blocks of channels (0, 0), (0, 1), (1, 1), (0, 2), ...
     i_row = tl.program_id(0) % pairs
     i_col = 0
@@ -187,7 +188,7 @@ def products_kernel(
         # a product like the others: as exact, and in an order that does not depend on the layout
         ones = tl.full([BLOCK_P, 16], 1.0, A)
         sums = tl.zeros([BLOCK_C, 16], A)
-    for p in range(first, tl.minimum(first + SLOT, N), BLOCK_P):
+    for p in range(first, tl.minimum(first + share, N), BLOCK_P):
         o_p = (p + tl.arange(0, BLOCK_P))[None, :]
         y_i = load_features(
             x, mask, shift_i, stride_c, stride_p, o_i, o_p, C, N, to_base_2, A, FEATURES, HAS_MASK
@@ -383,10 +384,13 @@ def products(
     B, C, N = x.shape[0], x.shape[1], pixels_of(x)
     shifted = relation in SHIFTED
     W, BLOCK_C = C + shifted, block_of(C)
-    # slots so long that writing their products costs little beside reading their pixels
-    SLOT = 1024 if C <= 64 else 2048 if C <= 128 else 4096
-    slots, blocks = triton.cdiv(N, SLOT), triton.cdiv(C, BLOCK_C)
+    blocks = triton.cdiv(C, BLOCK_C)
     pairs = blocks * (blocks + 1) // 2
+    # so long that writing a slot's products costs little beside reading its pixels
+    share = share_of(
+        N, B * pairs, 256 if C <= 64 else 512 if C <= 128 else 1024, 1024 if C <= 64 else 2048 if C <= 128 else 4096
+    )
+    slots = triton.cdiv(N, share)
     shift = x.new_empty((len(tensors), B, C), dtype=type) if shifted else None
     partial = x.new_empty((len(tensors), B, slots, C, W), dtype=type)
     sums = x.new_empty((len(tensors), B, C, W), dtype=torch.float64)
@@ -396,8 +400,8 @@ def products(
             find_shift(tensor, mask, relation, shift_i)
         features = features_of(tensor, mask, shift_i, relation, temperature, type)
         products_kernel[(B * slots * pairs,)](
-            features.x, mask, shift_i, partial[i], C, W, N, slots, pairs, *features.strides, features.to_base_2,
-            FEATURES=features.load, SUMS=shifted, HAS_MASK=features.load_mask, ONE_BLOCK=blocks == 1, SLOT=SLOT,
+            features.x, mask, shift_i, partial[i], C, W, N, share, slots, pairs, *features.strides, features.to_base_2,
+            FEATURES=features.load, SUMS=shifted, HAS_MASK=features.load_mask, ONE_BLOCK=blocks == 1,
             BLOCK_C=BLOCK_C, BLOCK_P=2048 // BLOCK_C, PRECISION=precision_of(type), num_stages=3,
         )  # fmt: skip
     add_slots_kernel[(triton.cdiv(C * W, 512), len(tensors) * B)](partial, sums, C, W, slots, BLOCK_SLOTS=4, BLOCK=512)

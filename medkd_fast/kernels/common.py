@@ -44,3 +44,18 @@ def roomy() -> bool:
 @cache
 def _shared_bytes(device: int) -> int:
     return driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
+#: Programs that keep a GPU busy: some for each of its multiprocessors.
+BUSY = 256
+
+
+def share_of(pixels: int, others: int, least: int, most: int) -> int:
+    """Pixels of a program: `most`, halved until with `others` programs for each share there are enough, but `least`.
+
+    The shape alone decides, so that sums have the same bits everywhere.
+    """
+    share = most
+    while share > least and others * -(-pixels // share) < BUSY:
+        share //= 2
+    return share

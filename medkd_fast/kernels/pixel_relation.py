@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import operator, roomy
+from medkd_fast.kernels.common import operator, roomy, share_of
 from medkd_fast.kernels.pixel_images import add_values, image_pixels, image_share, pixels_of
 from medkd_fast.kernels.pixel_rows import Rows, finish, normalise, prepare
 from medkd_fast.kernels.planes import gradient_like, planes_of
@@ -69,6 +69,7 @@ def products_kernel(
     C_t,
     W,  # the larger of them
     N,
+    share,  # pixels of a slot
     slots,
     stride_sb,
     stride_sc,
@@ -79,14 +80,13 @@ def products_kernel(
     RELATION: tl.constexpr,
     HAS_MASK: tl.constexpr,
     FUSED: tl.constexpr,
-    SLOT: tl.constexpr,  # pixels
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i_slot = tl.program_id(0).to(tl.int64)
     i_b = i_slot // slots
-    first = (i_slot % slots) * SLOT
+    first = (i_slot % slots) * share
     # program 0, 1, 2, ... of the second dimension: blocks of channels (0, 0), (0, 1), (1, 1), (0, 2), ...
     i_row = tl.program_id(1)
     i_col = 0
@@ -102,7 +102,7 @@ def products_kernel(
     bb = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
     ba = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
     ab = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
-    for p in range(first, tl.minimum(first + SLOT, N), BLOCK_P):
+    for p in range(first, tl.minimum(first + share, N), BLOCK_P):
         o_p = (p + tl.arange(0, BLOCK_P))[None, :]
         m_p = o_p < N
         if HAS_MASK:
@@ -408,11 +408,16 @@ def pixel_relation(
     pixels = mask.flatten(1).sum(1) if mask is not None else None
     images = {"HAS_MASK": mask is not None, "MEAN": reduction == "mean"}
 
-    BLOCK_C, SLOT = block_of(W), 1024 if fused else 2048
-    slots, tiles, size = triton.cdiv(N, SLOT), triton.cdiv(W, BLOCK_C), 3 * W * W
+    BLOCK_C = block_of(W)
+    tiles, size = triton.cdiv(W, BLOCK_C), 3 * W * W
+    pairs = tiles * (tiles + 1) // 2
+    most = 1024 if fused else 2048
+    # so long that writing a slot's three products costs little beside reading its pixels
+    share = share_of(N, B * pairs, min(max(8 * triton.next_power_of_2(W), 256), most), most)
+    slots = triton.cdiv(N, share)
     partial = student.new_empty((B, slots, size), dtype=type)
     sums = student.new_empty((B, size), dtype=torch.float64)
-    products_kernel[(B * slots, tiles * (tiles + 1) // 2)](
+    products_kernel[(B * slots, pairs)](
         *features,
         mask,
         partial,
@@ -420,12 +425,12 @@ def pixel_relation(
         C_t,
         W,
         N,
+        share,
         slots,
         *strides,
         RELATION=relation,
         HAS_MASK=fused and mask is not None,
         FUSED=fused,
-        SLOT=SLOT,
         BLOCK_C=BLOCK_C,
         BLOCK_P=16 if double and not roomy() else 32,
         PRECISION="ieee" if double else "tf32x3",

@@ -10,14 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.common import operator, share_of
 from medkd_fast.kernels.pixel_images import image_weight
 from medkd_fast.kernels.planes import gradient_like, planes_of
 from medkd_fast.reference.common import arithmetic
 
 LN2 = math.log(2)
-#: Pixels of a piece at most, and programs that keep a GPU busy. How many there are depends on shape and layout alone.
-MOST_PIECE, BUSY = 8192, 512
 
 
 @triton.jit
@@ -60,18 +58,18 @@ def joined(
 @triton.jit
 def pieces_kernel(
     student, teacher, mask, pieces,  # [5, B, pieces, C], double
-    C, N, count, size: tl.int64, to_base_2: tl.float64,
+    C, N, piece, count, size: tl.int64, to_base_2: tl.float64,
     stride_sb, stride_sc, stride_sn, stride_tb, stride_tc, stride_tn,
-    A: tl.constexpr, HAS_MASK: tl.constexpr, PIECE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    A: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // count).to(tl.int64)
-    first = (tl.program_id(0) % count).to(tl.int64) * PIECE
+    first = (tl.program_id(0) % count).to(tl.int64) * piece
     o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None].to(tl.int64)
     to_base_2 = tl.full((), to_base_2, A)
     none = tl.full([BLOCK_C, 1], -float("inf"), tl.float64)
     zero = tl.full([BLOCK_C, 1], 0.0, tl.float64)
     max_s, sum_s, max_t, sum_t, weighted = none, zero, none, zero, zero
-    for n in range(first, tl.minimum(first + PIECE, N), BLOCK_N):
+    for n in range(first, tl.minimum(first + piece, N), BLOCK_N):
         o_n = (n + tl.arange(0, BLOCK_N))[None, :]
         u_s = load_rows(
             student + i_b * stride_sb, mask, i_b * N, stride_sc, stride_sn, o_c, o_n, C, N, to_base_2, A, HAS_MASK
@@ -160,13 +158,13 @@ def sum_kernel(values, loss, count, BLOCK: tl.constexpr):
 @triton.jit
 def gradient_kernel(
     student, teacher, mask, rows, upstream, gradient,
-    C, N, count, to_base_2: tl.float64,
+    C, N, piece, count, to_base_2: tl.float64,
     stride_sb, stride_sc, stride_sn, stride_tb, stride_tc, stride_tn, stride_gb, stride_gc, stride_gn,
     stride_ub, stride_uc,
-    A: tl.constexpr, HAS_MASK: tl.constexpr, PIECE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    A: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // count).to(tl.int64)
-    first = (tl.program_id(0) % count).to(tl.int64) * PIECE
+    first = (tl.program_id(0) % count).to(tl.int64) * piece
     o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None].to(tl.int64)
     m_c = o_c < C
     to_base_2 = tl.full((), to_base_2, A)
@@ -174,7 +172,7 @@ def gradient_kernel(
     max_s, ratio = tl.load(p, m_c, 0.0), tl.load(p + 1, m_c, 0.0)
     max_t, scale = tl.load(p + 2, m_c, 0.0), tl.load(p + 3, m_c, 0.0)
     scale *= tl.load(upstream + i_b * stride_ub + o_c * stride_uc, m_c, 0.0)
-    for n in range(first, tl.minimum(first + PIECE, N), BLOCK_N):
+    for n in range(first, tl.minimum(first + piece, N), BLOCK_N):
         o_n = (n + tl.arange(0, BLOCK_N))[None, :]
         u_s = load_rows(
             student + i_b * stride_sb, mask, i_b * N, stride_sc, stride_sn, o_c, o_n, C, N, to_base_2, A, HAS_MASK
@@ -196,11 +194,8 @@ def blocks_of(channels: int, planes: bool, double: bool) -> dict[str, int]:
 
 
 def piece_of(images: int, channels: int, pixels: int, blocks: dict[str, int]) -> int:
-    """Pixels of a piece: so few that there are enough programs, but four tiles."""
-    piece = MOST_PIECE
-    while piece > 4 * blocks["BLOCK_N"] and images * -(-channels // blocks["BLOCK_C"]) * -(-pixels // piece) < BUSY:
-        piece //= 2
-    return piece
+    """Pixels of a piece."""
+    return share_of(pixels, images * -(-channels // blocks["BLOCK_C"]), 4 * blocks["BLOCK_N"], 8192)
 
 
 @operator()
@@ -227,9 +222,9 @@ def spatial_kl(
     values = student.new_empty((B, C), dtype=dtype if each else torch.float64)
     pixels = None if mask is None else mask.flatten(1).sum(1)
     pieces_kernel[(B * count, -(-C // blocks["BLOCK_C"]))](
-        s, t, mask, pieces, C, N, count, pieces[0].numel(), math.log2(math.e) / temperature,
+        s, t, mask, pieces, C, N, piece, count, pieces[0].numel(), math.log2(math.e) / temperature,
         *strides_s, *strides_t,
-        A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, PIECE=piece, **blocks,
+        A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, **blocks,
     )  # fmt: skip
     block = min(triton.next_power_of_2(C), 32)
     rows_kernel[(B, -(-C // block))](
@@ -262,9 +257,9 @@ def spatial_kl_backward(
         piece = piece_of(B, C, N, blocks)
         count = -(-N // piece)
         gradient_kernel[(B * count, -(-C // blocks["BLOCK_C"]))](
-            s, t, mask, rows, upstream, written, C, N, count,
+            s, t, mask, rows, upstream, written, C, N, piece, count,
             math.log2(math.e) / temperature, *strides_s, *strides_t, *strides_g, *(upstream.stride() or (0, 0)),
-            A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, PIECE=piece, **blocks,
+            A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, **blocks,
         )  # fmt: skip
     if written is not gradient:
         gradient.copy_(written)
