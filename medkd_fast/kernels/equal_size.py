@@ -16,7 +16,7 @@ from medkd_fast.kernels.common import INTERPRETED
 from medkd_fast.kernels.pixel_frame import Call, power_of_2, store_sums, tile_of_pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_of_image", "tiles", "tiles_of_program"])
 def pixel_loss_kernel(
     student, teacher, target, weight, gradient, loss, target_term, nontarget_term, sums,
     stride_sb, stride_sc, stride_sn, stride_tb, stride_tc, stride_tn, stride_gb, stride_gc, stride_gn,

@@ -84,7 +84,7 @@ def store_sums(sums, target, nontarget, weight):
     tl.store(sums + 2 * slots + tl.program_id(0), weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def finish_kernel(
     sums, loss, target_term, nontarget_term, scale, slots, target_weight: tl.float64, nontarget_weight: tl.float64,
     MEAN: tl.constexpr, DECOUPLED: tl.constexpr, SLOTS: tl.constexpr,
@@ -184,8 +184,8 @@ class Call:
             slots = sums.shape[1]
             finish_kernel[(1,)](
                 sums, *self.values, self.outputs[3], slots, self.settings.target_weight, self.settings.nontarget_weight,
-                MEAN=self.settings.reduction == "mean", DECOUPLED=self.settings.decoupled, SLOTS=power_of_2(slots),
-                num_warps=16 if slots > 1024 else 4,
+                MEAN=self.settings.reduction == "mean", DECOUPLED=self.settings.decoupled, SLOTS=1024 if slots <= 1024 else MOST_SLOTS,
+                num_warps=4 if slots <= 1024 else 16,
             )  # fmt: skip
         if self.written is not self.gradient:
             self.gradient.copy_(self.written)

@@ -39,7 +39,7 @@ def load_coefficients(coefficients, o_c, C, BLOCK_C: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_of_image", "tiles", "tiles_of_program"])
 def slots_kernel(
     student, teacher, mask, slots,  # [5C, slots], double
     C, N, tiles_of_image, tiles, tiles_of_program,
@@ -71,7 +71,7 @@ def slots_kernel(
     tl.store(p + 4 * step, tl.sum(sum_st, 1), o_c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "all_pixels"])
 def add_slots_kernel(slots, pixels, sums, count, all_pixels, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
     i_sum = tl.program_id(0).to(tl.int64)
     total = tl.full([BLOCK], 0.0, tl.float64)
@@ -180,9 +180,7 @@ def standardised_mse(
         s, t, mask, slots, C, N, tiles_of_image, tiles, tiles_of_program, *strides_s, *strides_t,
         A=tl.float64 if double else tl.float32, HAS_MASK=mask is not None, **blocks,
     )  # fmt: skip
-    add_slots_kernel[(5 * C,)](
-        slots, pixels, sums, count, B * N, HAS_MASK=mask is not None, BLOCK=min(triton.next_power_of_2(count), 1024)
-    )
+    add_slots_kernel[(5 * C,)](slots, pixels, sums, count, B * N, HAS_MASK=mask is not None, BLOCK=1024)
     return sums
 
 

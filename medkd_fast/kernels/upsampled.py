@@ -100,7 +100,11 @@ def along_line(
     return s
 
 
-@triton.jit
+#: A size more or less is not worth a compilation of seconds; those of axes that may be 1 are.
+SIZES = ("full_y", "full_x", "low_y", "low_x", "pixels", "low_pixels", "most_y", "most_x", "images")
+
+
+@triton.jit(do_not_specialize=[*SIZES, "tiles_of_image", "tiles", "tiles_of_program"])
 def upsampled_kernel(
     student, teacher, target, weight, parts, loss, target_term, nontarget_term, sums,
     stride_sb, stride_sc, stride_sn, stride_tb, stride_tc, stride_tn,
