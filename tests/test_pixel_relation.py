@@ -7,7 +7,16 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import EMULATED, assert_close, channels_last, compiled, in_new_process, over_threads, value_and_gradient
+from operators import (
+    EMULATED,
+    ROUNDING,
+    assert_close,
+    channels_last,
+    compiled,
+    in_new_process,
+    over_threads,
+    value_and_gradient,
+)
 
 import medkd_fast
 from medkd_fast.backend import UNAVAILABLE
@@ -408,6 +417,18 @@ def test_across_images_that_are_opposed_behind_a_masked_beginning(
     assert (want > 0.1 * want.max()).all()
     assert_close(value, want, 1e-4)  # logits of 200 with fp32's rounding
     assert_close(gradient, want_gradient, 1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["mse", "kl"])
+def test_half_precision_of_more_channels_than_a_block_takes(fused: str, divergence: str) -> None:
+    student, teacher = (x.bfloat16() for x in sample((1, 160, 5, 13)))
+    value, gradient = value_and_gradient(lambda x: pixel_relation(x, teacher, divergence=divergence), student)
+    with medkd_fast.use_backend("reference"):
+        want, want_gradient = value_and_gradient(
+            lambda x: pixel_relation(x, teacher.double(), divergence=divergence), student.double()
+        )
+    assert_close(value, want, 1e-5)
+    assert_close(gradient, want_gradient, ROUNDING[torch.bfloat16])
 
 
 @pytest.mark.parametrize("divergence", ["mse", "kl"])

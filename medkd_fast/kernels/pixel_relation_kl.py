@@ -451,9 +451,17 @@ def pixel_relation_kl_backward(
     B, C, N = student.shape[0], student.shape[1], pixels_of(student)
     plan = plan_of(student, teacher, mask, relation, temperature, across_images)
     all_channels = plan.flags["BLOCK_S"] >= C
-    BLOCK_OUT = plan.flags["BLOCK_S"] if all_channels else min(plan.flags["BLOCK_S"], 64)
+    # of 64 columns the sums and two relations would not fit the registers
+    blocks = {"BLOCK_I": plan.flags["BLOCK_I"], "BLOCK_J": 32, "BLOCK_OUT": min(plan.flags["BLOCK_S"], 64)}
+    if all_channels:
+        blocks["BLOCK_OUT"] = plan.flags["BLOCK_S"]
+    elif (
+        plan.student.raw and plan.flags["RAW_T"]
+    ):  # the relations are made anew for every block of the gradient's channels
+        blocks |= {"BLOCK_I": 64, "BLOCK_OUT": 128}
+    rows_of_blocks = triton.cdiv(plan.padded, blocks["BLOCK_I"])
     gradient = student.new_empty((B, N, C), dtype=plan.type)
-    gradient_kernel[(B * plan.blocks, triton.cdiv(C, BLOCK_OUT))](
+    gradient_kernel[(B * rows_of_blocks, triton.cdiv(C, blocks["BLOCK_OUT"]))](
         *plan.tensors,
         rows,
         upstream,
@@ -465,14 +473,13 @@ def pixel_relation_kl_backward(
         N,
         plan.padded,
         B if across_images else 1,
-        plan.blocks,
+        rows_of_blocks,
         *plan.strides,
         upstream.stride(0) if upstream.dim() > 0 else 0,
         upstream.stride(1) if upstream.dim() > 1 else 0,
         MEAN=reduction == "mean",
         ALL_S=all_channels,
         CHUNK=4096,
-        BLOCK_OUT=BLOCK_OUT,
-        **{**plan.flags, "BLOCK_J": 32},  # of 64 pixels the sums and two relations would not fit the registers
+        **{**plan.flags, **blocks},
     )
     return finish(gradient, plan.student, mask, relation, student)
