@@ -233,6 +233,8 @@ def report() -> list[Row]:
         for device_type in ("cpu", "cuda"):
             fused = next((name for name in devices.get(device_type, ()) if not UNAVAILABLE[name]), None)
             why = "" if fused else _why(operator, device_type)
+            if fused == "triton" and not UNAVAILABLE["cuda"] and torch.cuda.is_available() and _waits_for_its_host(0):
+                why = "cuda where there is little to do"
             rows.append(Row(operator, device_type, fused or "reference", fused is not None, why))
     return rows
 
