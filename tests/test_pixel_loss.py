@@ -93,6 +93,20 @@ def test_equals_the_definition(loss: Loss, backend: str, shape, low, reduction: 
     assert_close(gradient, want_gradient, 1e-5, "gradient")
 
 
+def test_half_precision_of_a_student_that_stands_for_many_pixels(loss: Loss, backend: str) -> None:
+    """The sum of their gradients is more than float16 holds, their mean is not."""
+    student, teacher = torch.tensor([6e3, -6e3]).view(1, 2, 1, 1).half(), torch.zeros(1, 2, 9, 12)
+    teacher[:, 1] = 1e5
+    target = torch.zeros(1, 9, 12, dtype=torch.long)
+    settings = {"temperature": 1000.0}
+    value, gradient = value_and_gradient(lambda x: loss(x, teacher, target, **settings), student)
+    want, want_gradient = truth(loss, student, teacher, target, **settings)
+    assert gradient.dtype == torch.float16
+    assert 9 * 12 * want_gradient.abs().max() > torch.finfo(torch.float16).max
+    assert_close(value, want, 1e-5)
+    assert_close(gradient, want_gradient, ROUNDING[torch.float16])
+
+
 @pytest.mark.parametrize("low", [None, (6, 9)], ids=["same size", "upsampled"])
 def test_double_precision(loss: Loss, fused: str, low) -> None:
     student, teacher, target = sample((2, 5, 12, 18), low)

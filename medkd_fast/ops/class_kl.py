@@ -9,7 +9,7 @@ import torch
 from medkd_fast.backend import choose, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.decoupled_kl import check_logits, pixel_weight
-from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs
+from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs, holding_sums
 from medkd_fast.reference.class_kl import class_kl as reference
 
 
@@ -64,6 +64,7 @@ def class_kl(
     if backend == "reference":
         return common.plainly(reference, student, teacher, target, weight, *settings, reduction)
     if common.wants_gradient(student):
+        student = holding_sums(student, teacher)
         return common.apply(PixelLoss, student, teacher, target, weight, "class_kl", backend, settings, reduction)[0]
     return call("class_kl", backend, student, teacher, target, weight, *settings, reduction, False)[0]
 

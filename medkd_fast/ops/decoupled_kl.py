@@ -8,7 +8,7 @@ import torch
 
 from medkd_fast.backend import choose, shapes_of
 from medkd_fast.ops import common
-from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs
+from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs, holding_sums
 from medkd_fast.reference.common import arithmetic
 from medkd_fast.reference.decoupled_kl import decoupled_kl as reference
 
@@ -82,6 +82,7 @@ def decoupled_kl(
         outputs = common.plainly(reference, student, teacher, target, weight, *settings, reduction)
         return DecoupledKL(outputs[0], outputs[1].detach(), outputs[2].detach())
     if common.wants_gradient(student):
+        student = holding_sums(student, teacher)
         return DecoupledKL(
             *common.apply(PixelLoss, student, teacher, target, weight, "decoupled_kl", backend, settings, reduction)
         )

@@ -29,6 +29,14 @@ def call(operator: str, backend: str, *args: Any) -> tuple[torch.Tensor, ...]:
         raise ValueError(str(error)[where:].splitlines()[0]) from None
 
 
+def holding_sums(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The student in a type that holds sums of gradients over all of the teacher's pixels that a pixel of its own stands for.
+
+    In float16 they may be infinite before the division by the number of pixels; an upsampled student is small.
+    """
+    return student.float() if student.dtype == torch.float16 and student.shape != teacher.shape else student
+
+
 class PixelLoss(torch.autograd.Function):
     """operator(student, teacher, target, weight, *settings, reduction, need_gradient) -> terms, the first is the loss."""
 
