@@ -105,5 +105,5 @@ class DSDLoss(common.DistillationLoss):
         """Of every two layers the difference of their attention maps, of unit norm: [pairs · B, N]."""
         maps = [functional.attention_map(x, mask=mask).flatten(1) for x in layers]
         residuals = torch.cat([second - first for first, second in itertools.combinations(maps, 2)])
-        # F.normalize without its backward's masked_fill_, a twelfth of the whole loss
+        # as F.normalize, whose backward has a pass of its own for norms of 0
         return residuals / residuals.square().sum(1, keepdim=True).clamp(min=1e-24).sqrt()
