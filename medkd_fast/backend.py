@@ -48,20 +48,24 @@ HOST_BOUND = 1 << 22
 
 def _load(part: str) -> str:
     """Loads the native library of "cpu" or "cuda". Returns why it could not, or an empty string."""
-    folder = Path(__file__).parent
-    library, report = folder / f"_{part}.so", folder / "_build.json"
+    library = Path(__file__).parent / f"_{part}.so"
     if part == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    built = json.loads(report.read_text()).get(part) if report.exists() else None
     if not library.exists():
-        return f"medkd_fast/_{part}.so is missing: {built or 'not built (MEDKD_FAST_NO_EXT=1)'}"
-    if part == "cuda" and (error := _too_new(built or "", _driver())):
+        return f"medkd_fast/_{part}.so is missing: {_built(part) or 'not built (MEDKD_FAST_NO_EXT=1)'}"
+    if part == "cuda" and (error := _too_new(_built(part), _driver())):
         return error
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library} does not load: {error}"
     return ""
+
+
+def _built(part: str) -> str:
+    """How a library was built, or why not; an empty string where nothing tells."""
+    report = Path(__file__).parent / "_build.json"
+    return json.loads(report.read_text()).get(part, "") if report.exists() else ""
 
 
 def _driver() -> int | None:

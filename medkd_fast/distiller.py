@@ -93,6 +93,7 @@ class Distiller(nn.Module):
     Raises:
         ValueError: a layer that does not exist or a wildcard that means several where one is wanted; or a module that teacher
             and student share.
+        TypeError: terms that are no Terms.
 
     >>> from medkd_fast.losses import CPKDLoss, DKDLoss
     >>> teacher = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))

@@ -387,9 +387,8 @@ def products(
     blocks = triton.cdiv(C, BLOCK_C)
     pairs = blocks * (blocks + 1) // 2
     # so long that writing a slot's products costs little beside reading its pixels
-    share = share_of(
-        N, B * pairs, 256 if C <= 64 else 512 if C <= 128 else 1024, 1024 if C <= 64 else 2048 if C <= 128 else 4096
-    )
+    least = 256 if C <= 64 else 512 if C <= 128 else 1024
+    share = share_of(N, B * pairs, least, 4 * least)
     slots = triton.cdiv(N, share)
     shift = x.new_empty((len(tensors), B, C), dtype=type) if shifted else None
     partial = x.new_empty((len(tensors), B, slots, C, W), dtype=type)

@@ -182,10 +182,11 @@ class Call:
         """Loss and scale from the sums of all slots, the gradient where the caller wants it."""
         if not self.per_pixel:
             slots = sums.shape[1]
+            many = slots > 1024
             finish_kernel[(1,)](
                 sums, *self.values, self.outputs[3], slots, self.settings.target_weight, self.settings.nontarget_weight,
-                MEAN=self.settings.reduction == "mean", DECOUPLED=self.settings.decoupled, SLOTS=1024 if slots <= 1024 else MOST_SLOTS,
-                num_warps=4 if slots <= 1024 else 16,
+                MEAN=self.settings.reduction == "mean", DECOUPLED=self.settings.decoupled,
+                SLOTS=MOST_SLOTS if many else 1024, num_warps=16 if many else 4,
             )  # fmt: skip
         if self.written is not self.gradient:
             self.gradient.copy_(self.written)

@@ -351,7 +351,6 @@ class Plan(NamedTuple):
     pixels: torch.Tensor | None  # of every image that count
     scale: int
     padded: int
-    blocks: int
     flags: dict[str, Any]
 
 
@@ -396,7 +395,6 @@ def plan_of(
         mask.flatten(1).sum(1) if mask is not None else None,
         bits_of(1 / (temperature * math.log(2))),
         padded,
-        triton.cdiv(padded, BLOCK_I),
         flags,
     )
 
@@ -415,8 +413,9 @@ def pixel_relation_kl(
     plan = plan_of(student, teacher, mask, relation, temperature, across_images)
     columns = B if across_images else 1
     kept = student.new_empty((B, columns, 4, plan.padded), dtype=plan.type)
-    values = student.new_empty((B * columns, plan.blocks), dtype=torch.float64)
-    rows_kernel[(B * columns * plan.blocks,)](
+    blocks = triton.cdiv(plan.padded, plan.flags["BLOCK_I"])
+    values = student.new_empty((B * columns, blocks), dtype=torch.float64)
+    rows_kernel[(B * columns * blocks,)](
         *plan.tensors,
         kept,
         values,
@@ -425,7 +424,7 @@ def pixel_relation_kl(
         N,
         plan.padded,
         columns,
-        plan.blocks,
+        blocks,
         *plan.strides,
         **plan.flags,
     )
@@ -452,16 +451,16 @@ def pixel_relation_kl_backward(
     plan = plan_of(student, teacher, mask, relation, temperature, across_images)
     all_channels = plan.flags["BLOCK_S"] >= C
     # of 64 columns the sums and two relations would not fit the registers
-    blocks = {"BLOCK_I": plan.flags["BLOCK_I"], "BLOCK_J": 32, "BLOCK_OUT": min(plan.flags["BLOCK_S"], 64)}
-    if all_channels:
-        blocks["BLOCK_OUT"] = plan.flags["BLOCK_S"]
-    elif (
-        plan.student.raw and plan.flags["RAW_T"]
-    ):  # the relations are made anew for every block of the gradient's channels
-        blocks |= {"BLOCK_I": 64, "BLOCK_OUT": 128}
-    rows_of_blocks = triton.cdiv(plan.padded, blocks["BLOCK_I"])
+    flags = {**plan.flags, "BLOCK_J": 32, "BLOCK_OUT": plan.flags["BLOCK_S"]}
+    if not all_channels:  # the relations are made anew for every block of the gradient's channels
+        flags |= (
+            {"BLOCK_I": 64, "BLOCK_OUT": 128}
+            if flags["RAW_S"] and flags["RAW_T"]
+            else {"BLOCK_OUT": min(flags["BLOCK_S"], 64)}
+        )
+    blocks = triton.cdiv(plan.padded, flags["BLOCK_I"])
     gradient = student.new_empty((B, N, C), dtype=plan.type)
-    gradient_kernel[(B * rows_of_blocks, triton.cdiv(C, blocks["BLOCK_OUT"]))](
+    gradient_kernel[(B * blocks, triton.cdiv(C, flags["BLOCK_OUT"]))](
         *plan.tensors,
         rows,
         upstream,
@@ -473,13 +472,13 @@ def pixel_relation_kl_backward(
         N,
         plan.padded,
         B if across_images else 1,
-        rows_of_blocks,
+        blocks,
         *plan.strides,
         upstream.stride(0) if upstream.dim() > 0 else 0,
         upstream.stride(1) if upstream.dim() > 1 else 0,
         MEAN=reduction == "mean",
         ALL_S=all_channels,
         CHUNK=4096,
-        **{**plan.flags, **blocks},
+        **flags,
     )
     return finish(gradient, plan.student, mask, relation, student)
