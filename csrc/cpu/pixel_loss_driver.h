@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../math/interpolation.h"
 #include "tensor.h"
 
 namespace medkd {
@@ -14,12 +15,10 @@ struct AxisTables {
   std::vector<double> upper_weight;
 
   AxisTables(int64_t full, int64_t low) : lower(full), upper_weight(full) {
+    const portable::Interpolated<int64_t> places{full, low};
     for (int64_t i = 0; i < full; ++i) {
-      const int64_t place = std::max((2 * i + 1) * low - full, int64_t{0});  // in steps of 1 / (2 full)
-      const int64_t below = std::min(place / (2 * full), low - 1);
-      lower[i] = static_cast<int32_t>(below);
-      const double behind = static_cast<double>(place - 2 * full * below);
-      upper_weight[i] = below == low - 1 ? 0.0 : behind / static_cast<double>(2 * full);
+      lower[i] = static_cast<int32_t>(places.lower(i));
+      upper_weight[i] = places.upper_weight<double>(i);
     }
   }
 

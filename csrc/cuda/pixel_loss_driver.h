@@ -63,7 +63,9 @@ void launch_registers(const PixelLoss& loss, int64_t tiles, cudaStream_t stream)
 inline Axis axis_of(int64_t full, int64_t low, int64_t tiles) {
   const int64_t tile = ceil_div(full, tiles);
   const int64_t touched = std::min<int64_t>(ceil_div((tile - 1) * low, full) + 2, low);
-  return {static_cast<int>(full), static_cast<int>(low), static_cast<int>(tile), static_cast<int>(ceil_div(full, tile)),
+  return {{static_cast<int>(full), static_cast<int>(low)},
+          static_cast<int>(tile),
+          static_cast<int>(ceil_div(full, tile)),
           static_cast<int>(touched)};
 }
 

@@ -8,31 +8,15 @@
 // fixed order. The upsampled logits and their gradients are never in global memory.
 #pragma once
 
+#include "../math/interpolation.h"
 #include "pixel_loss.h"
 
 namespace medkd {
 
-// An axis along which pixel i lies between lower(i) and lower(i) + 1 of the student's, with a weight for the latter, cut
-// into tiles of `tile` pixels that touch up to `touched` of the student's. In whole numbers: a place that was rounded to the
-// other side of a pixel would touch one more.
-struct Axis {
-  int full, low, tile, tiles, touched;
+// An axis of an upsampled student, cut into tiles of `tile` pixels that touch up to `touched` of the student's.
+struct Axis : Interpolated<int> {
+  int tile, tiles, touched;
 
-  // How far pixel i lies behind the student's first, in steps of 1 / (2 full).
-  __host__ __device__ uint64_t place(int i) const {
-    const int64_t at = (2 * int64_t{i} + 1) * low - full;
-    return at > 0 ? static_cast<uint64_t>(at) : 0;
-  }
-  __host__ __device__ int lower(int i) const {
-    const int below = static_cast<int>(place(i) / (2 * static_cast<uint64_t>(full)));
-    return below < low - 1 ? below : low - 1;
-  }
-  template <typename A>
-  __host__ __device__ A upper_weight(int i) const {
-    const int below = lower(i);
-    const uint64_t whole = 2 * static_cast<uint64_t>(full);
-    return below == low - 1 ? A(0) : static_cast<A>(place(i) - below * whole) / static_cast<A>(whole);
-  }
   // The first pixel whose lower neighbour is k or behind k.
   __host__ __device__ int begin(int k) const {
     if (k <= 0) return 0;
