@@ -8,13 +8,6 @@ namespace medkd {
 
 using portable::ChannelKind;
 
-inline ChannelKind channel_kind(const std::string& relation) {
-  if (relation == "cosine") return ChannelKind::cosine;
-  if (relation == "pearson") return ChannelKind::pearson;
-  if (relation == "gram") return ChannelKind::gram;
-  return relation == "row" ? ChannelKind::row : ChannelKind::softmax;
-}
-
 struct ChannelCall : RelationCall {
   ChannelKind kind;
   double temperature;      // of the softmax over pixels, or of that over a relation's rows
@@ -23,7 +16,7 @@ struct ChannelCall : RelationCall {
   ChannelCall(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
               const std::string& relation_name, double temperature)
       : RelationCall(student, teacher, mask),
-        kind(channel_kind(relation_name)),
+        kind(portable::kind_named(relation_name)),
         temperature(temperature),
         channels(relation.student_channels),
         rows(channels + (portable::is_shifted(kind) ? 1 : 0)) {

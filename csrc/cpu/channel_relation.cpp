@@ -20,7 +20,7 @@ static std::tuple<Tensor, Tensor> forward(ChannelCall& call, const Tensor& stude
   sum_over_pixels(call.relation, loops<A>().channel_relation, plan, [&](int64_t image, double* relation_s) {
     double* relation_t = relation_s + rows * rows;
     const double pixels = pixels_that_count(valid[image]);
-    const int64_t terms = divergence == portable::Divergence::mse ? channels * channels : channels;
+    const int64_t terms = divergence == portable::Divergence::kl ? channels : channels * channels;
     const double scale = weights[image] / static_cast<double>(terms);
     std::vector<double> left(channels), mean(channels), v(channels * channels);
     // the teacher's first: its factors are not needed again
@@ -28,7 +28,7 @@ static std::tuple<Tensor, Tensor> forward(ChannelCall& call, const Tensor& stude
     portable::relation_of_products(call.kind, relation_s, rows, channels, pixels, left.data(), mean.data());
     double value = 0;
     for (int64_t c = 0; c < channels; ++c)
-      value += portable::divergence_of_rows(divergence, relation_s + c * rows, relation_t + c * rows, channels,
+      value += portable::divergence_of_rows(divergence, c, relation_s + c * rows, relation_t + c * rows, channels,
                                             call.temperature, scale, v.data() + c * channels);
     values[image] = value * scale;
     A* mine = matrices + image * rows * rows;
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> channel_relation(
     double temperature,
     const std::string& reduction) {
   ChannelCall call(student, teacher, mask, relation, temperature);
-  const portable::Divergence which = divergence == "kl" ? portable::Divergence::kl : portable::Divergence::mse;
+  const portable::Divergence which = portable::divergence_named(divergence);
   return call.type == ScalarType::Double ? forward<double>(call, student, which, reduction)
                                          : forward<float>(call, student, which, reduction);
 }

@@ -61,7 +61,7 @@ static double compare_maps(const AttentionMaps& maps, A* student, const double* 
 template <typename A>
 static std::tuple<double, Tensor> compare_means(Tensor means_s, const Tensor& means_t, const Shares& shares,
                                                 int64_t channels) {
-  const auto [squared, matrix] = channel_relation(means_s, means_t, std::nullopt, "cosine", "mse", 1.0, "none");
+  const auto [squared, matrix] = channel_relation(means_s, means_t, std::nullopt, "cosine", "mse_of_pairs", 1.0, "none");
   Tensor weights = new_like(squared, {squared.size(0)}, squared.scalar_type());
   std::copy(shares.of_pairs.begin(), shares.of_pairs.end(), static_cast<A*>(weights.data_ptr()));
   const A* values = static_cast<const A*>(squared.data_ptr());

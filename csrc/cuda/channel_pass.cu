@@ -7,11 +7,7 @@ namespace medkd {
 
 ChannelCall::ChannelCall(const Tensor& student, const Tensor* teacher, const std::optional<Tensor>& mask,
                          const std::string& relation, double temperature, ScalarType type)
-    : kind(relation == "cosine"    ? ChannelKind::cosine
-           : relation == "pearson" ? ChannelKind::pearson
-           : relation == "gram"    ? ChannelKind::gram
-           : relation == "row"     ? ChannelKind::row
-                                   : ChannelKind::softmax),
+    : kind(kind_named(relation)),
       images(student.size(0)),
       channels(student.size(1)),
       pixels(pixels_of(student)),

@@ -24,7 +24,7 @@ __global__ void channel_relation_kernel(ChannelKind kind, Divergence divergence,
   A* const matrix = matrices + image * rows * rows;
   const double pixels = counts.at_least_one(image);
   const double weight = counts.pixels_of(image) > 0 ? counts.weight(reinterpret_cast<int64_t*>(scratch)) : 0.0;
-  const double terms = static_cast<double>(divergence == Divergence::mse ? channels * channels : channels);
+  const double terms = static_cast<double>(divergence == Divergence::kl ? channels : channels * channels);
   const double scale = weight / terms;
 
   // the teacher's first: its factors are not needed again
@@ -32,7 +32,7 @@ __global__ void channel_relation_kernel(ChannelKind kind, Divergence divergence,
   relation_of_products(kind, relation_s, rows, channels, pixels, left, mean, team);
   double value = 0;
   for (int64_t c = team.first_row; c < channels; c += team.row_step)
-    value += divergence_of_rows(divergence, relation_s + c * rows, relation_t + c * rows, channels, temperature, scale,
+    value += divergence_of_rows(divergence, c, relation_s + c * rows, relation_t + c * rows, channels, temperature, scale,
                                 v + c * channels, team);
   team.wait();
   value = block_sum(value, scratch);
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> channel_relation(
     const std::string& relation, const std::string& divergence, double temperature, const std::string& reduction) {
   const OnDevice device(student);
   const ChannelCall call(student, &teacher, mask, relation, temperature, arithmetic_type(student, teacher));
-  const Divergence which = divergence == "kl" ? Divergence::kl : Divergence::mse;
+  const Divergence which = divergence_named(divergence);
   return call.type == ScalarType::Double ? forward<double>(call, student, which, reduction, device.stream())
                                          : forward<float>(call, student, which, reduction, device.stream());
 }

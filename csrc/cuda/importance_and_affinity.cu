@@ -90,7 +90,7 @@ static Results compare(const Tensor& student, const Tensor& teacher, const Tenso
   const auto [map_t, norms_t] = attention_map(teacher, mask, power);
   const auto [means, counts] = wide_class_means(student, target, num_classes, ignore_index, width);
   const auto [means_t, counts_t] = wide_class_means(teacher, target, num_classes, ignore_index, width);
-  const auto [squared, matrix] = channel_relation(means, means_t, std::nullopt, "cosine", "mse", 1, "none");
+  const auto [squared, matrix] = channel_relation(means, means_t, std::nullopt, "cosine", "mse_of_pairs", 1, "none");
 
   Tensor importance = new_like(student, {}, type), affinity = new_like(student, {}, type);
   Tensor of_map = new_like(student, sizes_of(map), type);

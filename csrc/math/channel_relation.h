@@ -3,6 +3,8 @@
 // Derivation: medkd_fast/reference/channel_relation.py.
 #pragma once
 
+#include <string>
+
 #include "elementary.h"
 #include "team.h"
 
@@ -10,7 +12,19 @@ namespace medkd {
 namespace MEDKD_ISA {
 
 enum class ChannelKind { cosine, pearson, gram, row, softmax };
-enum class Divergence { mse, kl };
+enum class Divergence { mse, mse_of_pairs, kl };  // of pairs: without what a channel is to itself
+
+inline ChannelKind kind_named(const std::string& name) {
+  if (name == "cosine") return ChannelKind::cosine;
+  if (name == "pearson") return ChannelKind::pearson;
+  if (name == "gram") return ChannelKind::gram;
+  return name == "row" ? ChannelKind::row : ChannelKind::softmax;
+}
+
+inline Divergence divergence_named(const std::string& name) {
+  if (name == "mse_of_pairs") return Divergence::mse_of_pairs;
+  return name == "kl" ? Divergence::kl : Divergence::mse;
+}
 
 constexpr double smallest_channel_norm = 1e-12;
 
@@ -58,16 +72,17 @@ MEDKD_INLINE void relation_of_products(ChannelKind kind, double* matrix, int64_t
   team.wait();
 }
 
-// The divergence of one row of the student's relation from the teacher's, to be multiplied by `scale`, or a lane's share
+// The divergence of row c of the student's relation from the teacher's, to be multiplied by `scale`, or a lane's share
 // in it; v_row is the gradient of the product for the student's row.
 template <typename Team = Alone>
-MEDKD_INLINE double divergence_of_rows(Divergence divergence, const double* student, const double* teacher,
+MEDKD_INLINE double divergence_of_rows(Divergence divergence, int64_t c, const double* student, const double* teacher,
                                        int64_t channels, double temperature, double scale, double* v_row,
                                        const Team& team = {}) {
   double value = 0;
-  if (divergence == Divergence::mse) {
+  if (divergence != Divergence::kl) {
+    const int64_t left_out = divergence == Divergence::mse ? channels : c;
     for (int64_t k = team.lane; k < channels; k += team.lanes) {
-      const double difference = student[k] - teacher[k];
+      const double difference = k == left_out ? 0.0 : student[k] - teacher[k];
       value += difference * difference;
       v_row[k] = 2 * scale * difference;
     }

@@ -113,9 +113,11 @@ def divergence_kernel(
     b_s = tl.load(relation + p_ik, m_ik, 0.0)  # [BLOCK_I, WIDTH]
     b_t = tl.load(relation + tl.full((), B, tl.int64) * C * C + p_ik, m_ik, 0.0)
     scale = image_weight(pixels, i_b, B, N, HAS_MASK, MEAN) / tl.full((), C, tl.int32).to(tl.float64)
-    if DIVERGENCE == "mse":
+    if DIVERGENCE != "kl":
         scale = scale / tl.full((), C, tl.int32).to(tl.float64)
         difference = b_s - b_t
+        if DIVERGENCE == "mse_of_pairs":  # without what a channel is to itself
+            difference = tl.where(o_i == o_k, 0.0, difference)
         terms = difference * difference
         b_v = 2.0 * scale * difference
     else:

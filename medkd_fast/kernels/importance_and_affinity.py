@@ -25,7 +25,7 @@ def importance_and_affinity(
     mask = which_count(target, ignore_index)
     (map, norms), (map_t, _) = (attention_map(x, mask, power) for x in (student, teacher))
     (means, counts), (means_t, _) = (class_means(x, target, num_classes, ignore_index) for x in (student, teacher))
-    squared, matrix = channel_relation(*at_one_width(means, means_t), None, "cosine", "mse", 1.0, "none")
+    squared, matrix = channel_relation(*at_one_width(means, means_t), None, "cosine", "mse_of_pairs", 1.0, "none")
     of_maps, of_pairs = shares(counts, map.dtype)
     of_means = channel_relation_backward(means, None, matrix, of_pairs, "cosine", 1.0)
     difference = map - map_t

@@ -5,12 +5,13 @@ pixels that are not ignored; a is the number of images with such a pixel.
 
     importance  Σ_images Σ_n (q^s_n − q^t_n)² / a
 
-With R = M̂ M̂ᵀ the cosines between class means (channel_relation, the classes as its channels), k the number of classes of an image and
+With R = M̂ M̂ᵀ the cosines between class means (channel_gram, the classes as its channels), k the number of classes of an image and
 b the number of images with two or more,
 
-    affinity    Σ_images Σ_cd (R^s_cd − R^t_cd)² / (k (k − 1)) / b
+    affinity    Σ_images Σ_{c ≠ d} (R^s_cd − R^t_cd)² / (k (k − 1)) / b
 
-over the images that b counts. An absent class has the mean 0, and with that the cosine 0 in both networks.
+over the images that b counts. An absent class has the mean 0, and with that the cosine 0 in both networks; so has, in one of them, a class
+whose features are all 0 there.
 
 **Gradients.** 2 (q^s − q^t) / a arrives for the student's map, and M G for its means with G that of channel_relation: both are known
 when the forward ends, and the backward multiplies them by what arrives for the two numbers before it takes them to the features.
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from medkd_fast.reference.attention_map import attention_map
-from medkd_fast.reference.channel_relation import channel_relation
+from medkd_fast.reference.channel_gram import channel_gram
 from medkd_fast.reference.class_means import class_means
 from medkd_fast.reference.common import which_count
 
@@ -40,7 +41,9 @@ def importance_and_affinity(
     map_s, map_t = (attention_map(x, counted, power) for x in (student, teacher))
     (means_s, counts), (means_t, _) = (class_means(x, target, num_classes, ignore_index) for x in (student, teacher))
     means_s, means_t = at_one_width(means_s, means_t)
-    squared = channel_relation(means_s, means_t, None, "cosine", "mse", 1.0, "none")
+    cosines_s, cosines_t = (channel_gram(x, None, "cosine", 1.0) for x in (means_s, means_t))
+    alone = torch.eye(num_classes, dtype=torch.bool, device=target.device)
+    squared = (cosines_s - cosines_t).masked_fill(alone, 0).square().mean((1, 2))
     of_maps, of_pairs = shares(counts, squared.dtype)
     return (map_s - map_t).square().sum() * of_maps, (squared * of_pairs).sum()
 
