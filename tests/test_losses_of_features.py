@@ -26,17 +26,19 @@ def pixels(x: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
 
 @SIZES
 @pytest.mark.parametrize("detach_norm", [False, True])
-def test_skd(composed: str, size: tuple[int, ...], detach_norm: bool) -> None:
+@pytest.mark.parametrize("each_axis", [False, True])
+def test_skd(composed: str, size: tuple[int, ...], detach_norm: bool, each_axis: bool) -> None:
+    window = (2, 3, 1)[: len(size)] if each_axis else 2
     student, teacher = features(*size, channels=(4, 6))
     pool = {2: F.max_pool2d, 3: F.max_pool3d}[len(size)]
 
     def affinity(x: torch.Tensor) -> torch.Tensor:
-        x = pool(x, 2, ceil_mode=True).flatten(2)
+        x = pool(x, window, ceil_mode=True).flatten(2)
         norm = x.norm(dim=1, keepdim=True)
         x = x / ((norm + 1e-8).detach() if detach_norm else norm)
         return x.mT @ x
 
-    loss = SKDLoss(detach_norm=detach_norm)
+    loss = SKDLoss(pool=window, detach_norm=detach_norm)
     check(lambda x: loss(x, teacher), lambda x: F.mse_loss(affinity(x), affinity(teacher)), student)
 
 
@@ -87,6 +89,7 @@ def test_cirkd_pools(composed: str) -> None:
     student, teacher = features(6, 8)
     pooled = F.avg_pool2d(student, 2), F.avg_pool2d(teacher, 2)
     assert_close(CIRKDLoss(pool=2)(student, teacher), CIRKDLoss()(*pooled), 1e-12)
+    assert_close(CIRKDLoss(pool=(2, 2))(student, teacher), CIRKDLoss()(*pooled), 1e-12)
 
 
 @SIZES

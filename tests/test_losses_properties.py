@@ -366,7 +366,8 @@ def test_the_catalogue() -> None:
 WRONG = {
     "float": ("hot", None, True, math.nan, math.inf),
     "int": ("hot", 1.5, True),
-    "int | None": ("hot", 1.5, True),
+    "int | Sequence[int]": ("hot", 1.5, True, [2, 0], [1, 1.5], []),
+    "int | Sequence[int] | None": ("hot", 1.5, True, [2, 0], [1, 1.5], []),
     "str": ("cosin", 1, None),
     "bool": ("hot", 2, None),
     "Sequence[int]": ("hot", 1, [1, 1.5], [1, 0], [2], []),
@@ -399,7 +400,10 @@ def test_messages() -> None:
     for make, message in (
         (lambda: losses.KDLoss(activation="relu"), "activation: got 'relu', want 'softmax', or 'sigmoid'"),
         (lambda: losses.SKDLoss(pool=0), "pool: got 0, want a whole number"),
-        (lambda: losses.SKDLoss(pool=1.5), "pool: got 1.5, want a whole number of at least 1, or None"),
+        (
+            lambda: losses.SKDLoss(pool=1.5),
+            "pool: got 1.5, want a whole number of at least 1, one for each axis, or None",
+        ),
         (lambda: losses.KDLoss(temperature="hot"), "temperature: got 'hot', want a finite number"),
         (lambda: losses.DISTLoss(temperature=0), "temperature: got 0, want a number above 0"),
         (lambda: losses.CPKDLoss(relation="cosin"), "relation: got 'cosin', want one of cosine, pearson, gram"),

@@ -12,9 +12,10 @@ class ATLoss(common.DistillationLoss):
     """Mean squared difference of attention maps: mean over channels of |x|^p, divided by its L2 norm over the pixels.
 
     Other codes: equal to the authors' with p = 2. `reduction="sum"` sums over the pixels and takes the mean over images, as
-    EMKD does: pixels times this. (Where x^p of an odd p would be negative, |x|^p of the paper is taken.)
+    EMKD does: pixels times this. (Where x^p of an odd p would be negative, |x|^p of the paper is taken. Their norm is at least
+    1e-12, so the map of very small features is shorter than 1; here only that of zeros is.)
 
-    Weight: 500 for each of three layers (the authors' beta of 1000, halved), 10000 in CIRKD's tables.
+    Weight: 1000 for each of three layers in the authors' code, 10000 in CIRKD's tables.
 
     Cost: one pass over student and teacher, one over the student backward; memory: the gradient and maps of one channel.
 

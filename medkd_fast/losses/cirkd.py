@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from medkd_fast import functional
@@ -15,7 +17,8 @@ class CIRKDLoss(common.DistillationLoss):
     of the other, row softmax at the temperature, KL, mean over rows and pairs, not multiplied by T². The memory queues of the
     paper are not here. The V×V matrices are never held.
 
-    Other codes: equal to the authors' (`batchmean` is the mean over rows). With T² it is this times 0.01.
+    Other codes: equal to the authors' (`batchmean` is the mean over rows), which since 2025 averages maps of 256×256 and more by 4
+    first: `pool=4`. With T² it is this times 0.01.
 
     Weight: 1 (the authors'), on features before the classifier.
 
@@ -23,7 +26,7 @@ class CIRKDLoss(common.DistillationLoss):
 
     Args:
         temperature: divides the similarities.
-        pool: average-pools both maps by this factor; the cost falls with the fourth power (2-D), the sixth (3-D).
+        pool: average-pools both maps by this factor, or one for each axis; the cost falls with the fourth power (2-D), the sixth (3-D).
         ignore_index: with a target, pixels with this label are neither rows nor columns.
 
     Numbers of channels may differ. Maps of unequal size: the larger one is average-pooled first. Under DDP the pairs are those of
@@ -35,7 +38,9 @@ class CIRKDLoss(common.DistillationLoss):
     tensor(True)
     """
 
-    def __init__(self, temperature: float = 0.1, pool: int | None = None, ignore_index: int = -100) -> None:
+    def __init__(
+        self, temperature: float = 0.1, pool: int | Sequence[int] | None = None, ignore_index: int = -100
+    ) -> None:
         super().__init__()
         settings.check_temperature(temperature)
         pooling.check_pool(pool)

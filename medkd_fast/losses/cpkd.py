@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from medkd_fast import functional
@@ -35,8 +37,8 @@ class CPKDLoss(common.AdaptedLoss):
         channel_weight, pixel_weight: weights of the parts; 0 leaves a part out.
         relation, divergence, temperature: passed to `functional.channel_relation` and `pixel_relation`; the temperature
             acts with `divergence="kl"`.
-        pool: average-pools both sides by this factor before the pixel part (a rest at the border is averaged over what
-            is there).
+        pool: average-pools both sides by this factor, or one for each axis, before the pixel part (a rest at the border is averaged
+            over what is there).
         student_channels, teacher_channels: where the numbers of channels differ, the channel part needs a 1×1 convolution on
             the student, made when the two are given; train its parameters along. The pixel part needs nothing.
         ignore_index: with a target, pixels with this label (at the maps' size, by the nearest pixel) do not count.
@@ -57,7 +59,7 @@ class CPKDLoss(common.AdaptedLoss):
         relation: str = "cosine",
         divergence: str = "mse",
         temperature: float = 0.1,
-        pool: int | None = None,
+        pool: int | Sequence[int] | None = None,
         student_channels: int | None = None,
         teacher_channels: int | None = None,
         ignore_index: int = -100,

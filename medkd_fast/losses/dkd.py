@@ -17,8 +17,8 @@ class DKDLoss(common.DistillationLoss):
     Other codes: on [B, C] logits seen as [B, C, 1, 1] the value is that of the authors' code, which also takes the mean over
     samples and T².
 
-    Weight: 1, with alpha 1 and beta 8 (their ImageNet setting has beta 0.5, their CIFAR settings 2 to 8); 0.1 in tables of
-    3-D segmentation.
+    Weight: 1, with alpha 1 and beta 8 (their CIFAR settings have beta 2 to 8 and T = 4, their ImageNet settings 0.5 and 2 and
+    T = 1); 0.1 in tables of 3-D segmentation.
 
     Cost: one pass over student and teacher gives value and gradient; memory: the gradient.
 

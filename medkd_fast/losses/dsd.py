@@ -28,7 +28,7 @@ class DSDLoss(common.DistillationLoss):
     Args:
         category_weight, pixel_weight: weights of the parts; 0 leaves a part out.
         temperature: of the category part.
-        pool: average-pools the logits of the category part by this factor.
+        pool: average-pools the logits of the category part by this factor, or one for each axis.
         ignore_index: with a target, pixels with this label count nowhere.
 
     Without features there is the category part alone. The layers' numbers of channels may differ, and their sizes: the maps are
@@ -47,7 +47,7 @@ class DSDLoss(common.DistillationLoss):
         category_weight: float = 1.0,
         pixel_weight: float = 1.0,
         temperature: float = 4.0,
-        pool: int | None = 2,
+        pool: int | Sequence[int] | None = 2,
         ignore_index: int = -100,
     ) -> None:
         super().__init__()

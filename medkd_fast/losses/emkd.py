@@ -20,7 +20,9 @@ class EMKDLoss(common.DistillationLoss):
 
     Other codes: the authors' code knows two classes, where this equals it for images that have both; one with an absent class it
     counts as 0 in the mean over images (or divides by 0, where it is the first), here it leaves the mean. A student layer of
-    another size it interpolates to the teacher's; here the larger one is averaged.
+    another size it interpolates to the teacher's for the importance maps, and takes in no other part; here the larger one is averaged.
+    Its maps have norms of at least 1e-12, which those of features below some 5e-4 fall short of; here every map but that of zeros has
+    norm 1.
 
     Weight: 1, with the weights of the parts that are the defaults (the authors').
 

@@ -16,7 +16,7 @@ class ICKDLoss(common.AdaptedLoss):
 
     Other codes: equal to the authors' classification code. The mean over the C² entries is this / C.
 
-    Weight: 2.5 in the authors' code.
+    Weight: 2.5 in the authors' README, 4 in their script.
 
     Cost: one pass over student and teacher, one over the student backward, C² · V operations; memory: the gradient.
 

@@ -15,8 +15,8 @@ class IFVDLoss(common.DistillationLoss):
     The prototype of a class in an image is the sum of its pixels' features / (their number + 1e-6); labels are taken at the
     feature's size by the nearest pixel.
 
-    Other codes: the authors' has ignored pixels in the denominator, where they add 0; here they leave it, so its value is this
-    times the share of valid pixels.
+    Other codes: the authors' has ignored pixels in the denominator, where they add 0 (but where one network's feature is 0); here they
+    leave it, so its value is this times the share of valid pixels. At some sizes its nearest label, found in fp32, is the next one.
 
     Weight: 200 in the authors' code, 20 in CIRKD's tables, on features before the classifier.
 

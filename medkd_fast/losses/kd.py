@@ -14,7 +14,8 @@ class KDLoss(common.DistillationLoss):
     Other codes: `torch.nn.KLDivLoss("mean")` on [B, C, *S] is this / (C·T²), `"batchmean"` is this times pixels / T²,
     Fast-nnUNet's term is this / C.
 
-    Weight: 1 in CIRKD's tables, 10 in the codes of SKD and IFVD, all with T = 1.
+    Weight: 1 in CIRKD's tables, 10 · N in SKD's code (80: it sums over the N images), 10 / C in IFVD's (0.53 at 19 classes: it takes
+    the mean over classes too), all with T = 1.
 
     Cost: one pass over student and teacher gives value and gradient; memory: the gradient.
 

@@ -13,10 +13,11 @@ from medkd_fast.losses import common, settings
 class PKDLoss(common.AdaptedLoss):
     """Half the mean squared difference of features that are standardised channel by channel.
 
-    Every channel minus its mean, over its standard deviation + 1e-6, both over all pixels of the batch: 1 minus the Pearson
-    correlation of the channels, up to that 1e-6.
+    Every channel minus its mean, over its standard deviation + 1e-6, both over all n pixels of the batch: 1 minus the Pearson
+    correlation of the channels, times (n − 1) / n, up to that 1e-6.
 
-    Other codes: equal to the authors' and to mmrazor's `PKDLoss`, the standard deviation with n − 1 as theirs.
+    Other codes: equal to the authors' and to mmrazor's `PKDLoss`, the standard deviation with n − 1 as theirs. A student larger than
+    the teacher they interpolate, which is the average only at twice the teacher's size.
 
     Weight: 6 for two-stage detectors, 10 for one-stage ones, on the neck's features.
 

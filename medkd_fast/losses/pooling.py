@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from medkd_fast import functional
 from medkd_fast.losses import settings
 
 
-def check_pool(pool: int | None) -> None:
-    if pool is not None and not (settings.is_whole(pool) and pool >= 1):
-        raise ValueError(f"pool: got {pool!r}, want a whole number of at least 1, or None")
+def check_pool(pool: int | Sequence[int] | None) -> None:
+    factors = pool if isinstance(pool, Sequence) and not isinstance(pool, str) else [pool]
+    if pool is not None and not (factors and all(settings.is_whole(factor) and factor >= 1 for factor in factors)):
+        raise ValueError(f"pool: got {pool!r}, want a whole number of at least 1, one for each axis, or None")
 
 
 def average_pooled(
-    x: torch.Tensor, factor: int | None, mask: torch.Tensor | None
+    x: torch.Tensor, factor: int | Sequence[int] | None, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`x` averaged by `factor` over the pixels that count (a rest at the border over what is there), and where any did."""
     if factor is None or factor == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -23,7 +24,8 @@ class SKDLoss(common.DistillationLoss):
     Cost: one pass over the pooled pixels each forward and backward, C² · V operations; memory: the gradient.
 
     Args:
-        pool: max-pools both maps by this factor (the authors pool to half the size of the map: a grid of 2×2).
+        pool: max-pools both maps by this factor, or one for each axis (the authors' is half the map's size, rounded down: a grid of
+            2×2, of 3×3 where the size is odd).
         detach_norm: the norm as a constant.
         ignore_index: with a target, pixels with this label leave both sides before the pooling.
 
@@ -36,7 +38,7 @@ class SKDLoss(common.DistillationLoss):
     tensor(0.5000)
     """
 
-    def __init__(self, pool: int = 2, detach_norm: bool = False, ignore_index: int = -100) -> None:
+    def __init__(self, pool: int | Sequence[int] = 2, detach_norm: bool = False, ignore_index: int = -100) -> None:
         super().__init__()
         pooling.check_pool(pool)
         settings.check_flag("detach_norm", detach_norm)
