@@ -34,8 +34,9 @@ class Geometry:
 
     def lps(self, values: tuple) -> tuple:
         """The values of the image's axes, such as its size, in the order z, y, x that they have once it is oriented to LPS."""
-        axes = np.abs(np.array(self.direction).reshape(3, 3)).argmax(axis=1)  # image axis along x, y and z
-        return tuple(values[a] for a in reversed(axes))
+        # DICOMOrient's own letters, one an image axis: two axes may lie nearest to the same one of the patient's
+        letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
+        return tuple(values[i] for pair in ("IS", "AP", "LR") for i, letter in enumerate(letters) if letter in pair)
 
     def stamp(self, image: sitk.Image) -> sitk.Image:
         """The image itself, now lying on this grid."""

@@ -65,6 +65,19 @@ def test_an_oblique_volume_keeps_its_place(tmp_path, ct, label):
     assert agreement > 0.98 and same_grid(Geometry.of(back), Geometry.of(label))
 
 
+def test_the_order_of_axes_is_that_of_orienting():
+    rng = np.random.default_rng(0)
+    for _ in range(300):  # some have two axes that lie nearest to the same one of the patient's
+        turn, triangle = np.linalg.qr(rng.standard_normal((3, 3)))
+        image = sitk.Image(3, 4, 5, sitk.sitkUInt8)
+        image.SetSpacing((1.5, 2.5, 8.0))
+        image.SetDirection((turn * np.sign(np.diag(triangle))).ravel().tolist())
+        oriented = sitk.DICOMOrient(image, "LPS")
+        source = Geometry.of(image)
+        assert source.lps(source.size) == oriented.GetSize()[::-1]
+        assert source.lps(source.spacing) == oriented.GetSpacing()[::-1]
+
+
 @pytest.mark.parametrize("spacing", [(2.5, 8.0, 8.0), (4.0, 9.0, 7.0), (1.3, 3.0, 3.1)])
 def test_there_and_back_through_another_spacing(spacing, tmp_path, ct, label):
     volume = prepare(one(tmp_path, ct, label), replace(KEEP, spacing=spacing))["a"]
