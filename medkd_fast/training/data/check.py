@@ -181,7 +181,9 @@ def _check_case(dataset: Dataset, case: Case) -> tuple[Facts, list[Finding]]:
         return facts, findings
     for repair in caught:
         say(WARNING, str(repair.message))
-    if not same_grid(Geometry.of(label), source):
+    if same_grid(Geometry.of(label), source):
+        source.stamp(label)  # as it is prepared
+    else:
         say(
             ERROR,
             f"the image ({source}) and its label {case.label} ({Geometry.of(label)}) lie on different grids: resample the "

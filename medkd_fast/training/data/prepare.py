@@ -28,7 +28,7 @@ from medkd_fast.training.errors import WrongUse
 
 __all__ = ["Preprocessing", "Volume", "plan", "prepare", "prepare_case", "source_label", "to_source", "volume_of"]
 
-VERSION = 2  # of what this file does to the voxels: another number, another cache
+VERSION = 3  # of what this file does to the voxels: another number, another cache
 BY_NAME = {"ct": "window", "nonorm": "none"}  # intensities by the channel's name, as in nnU-Net; others are z-scored
 AIR = -500  # Hounsfield units: an image that goes below and whose channel does not say what it is, is a CT
 
@@ -278,7 +278,8 @@ def _made(dataset: Dataset, case: Case, settings: Preprocessing) -> tuple[dict[s
                 f"case {case.name}: the image ({source}) and its label {case.label} ({Geometry.of(label)}) lie on different "
                 "grids: resample the label to the image with nearest neighbour first"
             )
-        classes = _as_classes(label, dataset, case)
+        # close to 45 degrees, what is left between the two directions would turn them differently
+        classes = _as_classes(source.stamp(label), dataset, case)
         classes = resample(classes, spacing=settings.spacing, size=settings.size, labels=True)
         arrays["mask"] = sitk.GetArrayFromImage(classes)
     return arrays, {"grid": asdict(grid), "source": asdict(source), "flat": flat}

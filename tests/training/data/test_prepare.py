@@ -16,6 +16,7 @@ import torch
 from small_sets import ORGANS, changed, write, write_nnunet
 
 from medkd_fast.training.data import prepare as module
+from medkd_fast.training.data.check import check
 from medkd_fast.training.data.dataset import Case, Dataset, open_dataset
 from medkd_fast.training.data.geometry import Geometry, resample, same_grid
 from medkd_fast.training.data.prepare import Preprocessing, plan, prepare, prepare_case, to_source
@@ -76,6 +77,24 @@ def test_the_order_of_axes_is_that_of_orienting():
         source = Geometry.of(image)
         assert source.lps(source.size) == oriented.GetSize()[::-1]
         assert source.lps(source.spacing) == oriented.GetSpacing()[::-1]
+
+
+def test_a_label_whose_direction_is_rounded_is_turned_as_its_image(tmp_path, ct, label):
+    # at 45 degrees the fifth decimal of the direction decides which axis counts as the patient's
+    for image, angle in ((ct := sitk.Image(ct), np.pi / 4 - 1e-5), (label := sitk.Image(label), np.pi / 4 + 1e-5)):
+        turn = sitk.Euler3DTransform()
+        turn.SetRotation(angle, 0.0, 0.0)
+        image.SetDirection(turn.GetMatrix())
+    assert sitk.DICOMOrient(ct, "LPS").GetSize() != sitk.DICOMOrient(label, "LPS").GetSize()
+    volume = prepare(one(tmp_path, ct, label), KEEP)["a"]
+    assert volume.mask.shape == volume.image.shape
+    same = sitk.Image(label)
+    same.SetDirection(ct.GetDirection())
+    np.testing.assert_array_equal(volume.label[0], classes(sitk.DICOMOrient(same, "LPS")))
+    block = one(tmp_path, ct, label, slices=(0, 9))
+    assert check(block, progress=False).facts[0].voxels[4] == int(
+        (classes(sitk.DICOMOrient(same, "LPS"))[:10] == 4).sum()
+    )
 
 
 @pytest.mark.parametrize("spacing", [(2.5, 8.0, 8.0), (4.0, 9.0, 7.0), (1.3, 3.0, 3.1)])
