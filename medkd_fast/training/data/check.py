@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -206,9 +205,8 @@ def _check_case(dataset: Dataset, case: Case) -> tuple[Facts, list[Finding]]:
 
 
 def _check_whole(dataset: Dataset, facts: list[Facts]) -> Iterator[Finding]:
-    for name, count in Counter(c.name for c in dataset.cases).items():
-        if count > 1:
-            yield Finding(ERROR, name, f"{count} cases have this name: every case needs one of its own")
+    for name, count in dataset.repeated.items():
+        yield Finding(ERROR, name, f"{count} cases have this name: every case needs one of its own")
     if dataset.layout == "nnunet":
         for path in nnunet.stray_labels(dataset):
             yield Finding(WARNING, "", f"the label {path} belongs to no image: call it as its image, without _0000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,11 @@ class Dataset:
             if case.name == name:
                 return case
         raise WrongUse(f"{self.name} has no case {name!r}: `medkd-fast data {self.root}` lists them")
+
+    @property
+    def repeated(self) -> dict[str, int]:
+        """The names that several cases have, and how many."""
+        return {name: count for name, count in Counter(c.name for c in self.cases).items() if count > 1}
 
     @property
     def labelled(self) -> tuple[Case, ...]:

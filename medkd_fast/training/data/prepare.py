@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -83,7 +82,11 @@ def plan(dataset: Dataset, settings: Preprocessing | None = None) -> Preprocessi
 
     The spacing becomes the median one (2-D: of rows and columns, slices stay as they are). A channel called CT is windowed,
     any other one z-scored; where the name does not tell, the first volume does.
+
+    Raises WrongUse where nothing can be prepared: no cases, several of one name, another number of channels than words.
     """
+    for name, count in dataset.repeated.items():
+        raise WrongUse(f"{dataset.name}: {name}: {count} cases have this name: every case needs one of its own")
     asked = settings or dataset.defaults
     given = {k: v for k, v in asdict(dataset.defaults).items() if getattr(asked, k) is None}
     settings = replace(asked, **given)
@@ -122,11 +125,6 @@ def prepare(
     settings = plan(dataset, settings)
     cache = cache or store_of.default_cache()
     wanted = [dataset.case(n) for n in names] if names is not None else list(dataset.cases)
-    twice = [name for name, count in Counter(c.name for c in wanted).items() if count > 1]
-    if twice:
-        raise WrongUse(
-            f"{dataset.name}: the name {twice[0]!r} is that of several cases: every case needs one of its own"
-        )
     try:
         return {c.name: _cached(dataset, c, settings, cache) for c in track(wanted, "preparing", show=progress)}
     finally:

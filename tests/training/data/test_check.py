@@ -252,8 +252,18 @@ def test_names_and_images_that_come_twice(tmp_path, root, ct, label):
     found = findings(table)
     assert (ERROR, "s0", "2 cases have this name: every case needs one of its own") in found
     assert (WARNING, "", "patient patient 0 is on two sides of the split that the data set gives") in found
-    with pytest.raises(WrongUse, match="the name 's0' is that of several cases"):
+    with pytest.raises(WrongUse, match="set: s0: 2 cases have this name: every case needs one of its own"):
         prepare(open_dataset(table))
+
+
+def test_a_test_case_that_is_called_as_a_training_case_is_prepared_for_nobody(tmp_path, ct, label):
+    root = write_nnunet(tmp_path / "set", ct, label, test=1)
+    for folder, end in (("imagesTs", "_0000.nii.gz"), ("labelsTs", ".nii.gz")):
+        (root / folder / f"ct_004{end}").rename(root / folder / f"ct_000{end}")
+    dataset = open_dataset(root)
+    for names in (["ct_001"], dataset.split.test, None):  # the one that is asked for may have its name once
+        with pytest.raises(WrongUse, match="set: ct_000: 2 cases have this name: every case needs one of its own"):
+            prepare(dataset, names=names)
 
 
 def test_nothing_to_learn_from_and_too_few_patients(tmp_path, ct, label):
