@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from medkd_fast.training.bars import track
 from medkd_fast.training.data.dataset import IGNORE, Case, Dataset
 from medkd_fast.training.data.geometry import Geometry, same_grid
 from medkd_fast.training.data.layouts import nnunet
-from medkd_fast.training.data.prepare import class_of, crop_slices, known_values, unknown_values
+from medkd_fast.training.data.prepare import class_of, crop_slices, intensity_of, known_values, unknown_values
 from medkd_fast.training.data.read import Repaired, counts_of, read_images, read_label, uneven
 from medkd_fast.training.data.split import split_by_patient
 from medkd_fast.training.errors import WrongUse
@@ -162,10 +163,15 @@ def _check_case(dataset: Dataset, case: Case) -> tuple[Facts, list[Finding]]:
             say(ERROR, f"channel {i} ({Geometry.of(channel)}) lies on another grid than channel 0 ({source})")
     if not finite:
         say(WARNING, "the image holds values that are not finite: they are taken as 0")
-    for i, channel in enumerate(channels):
+    for i, (channel, name) in enumerate(zip_longest(channels, dataset.channels[: len(channels)], fillvalue="")):
         values = sitk.GetArrayViewFromImage(channel)
         if values.min() == values.max():
             say(WARNING, f"channel {i} holds the one value {values.min():g}")
+        elif intensity_of(name) == "zscore" and (body := values[values != 0]).min() == body.max():
+            say(
+                WARNING,
+                f"channel {i} holds 0 and {body.min():g} alone, as a mask does: a channel called noNorm keeps its values",
+            )
     if case.images[0].is_dir() and (gap := uneven(case.images[0])):
         say(WARNING, gap)
     if case.label is None:

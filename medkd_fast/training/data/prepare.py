@@ -29,6 +29,7 @@ __all__ = ["Preprocessing", "Volume", "plan", "prepare", "prepare_case", "source
 
 VERSION = 3  # of what this file does to the voxels: another number, another cache
 BY_NAME = {"ct": "window", "nonorm": "none"}  # intensities by the channel's name, as in nnU-Net; others are z-scored
+ROUNDING = 1e-6  # of the mean: values that deviate by no more are one value, such as the 1 of a mask
 AIR = -500  # Hounsfield units: an image that goes below and whose channel does not say what it is, is a CT
 
 
@@ -214,6 +215,15 @@ def unknown_values(present: Iterable[float], dataset: Dataset) -> list[str]:
     ]
 
 
+def intensity_of(channel: str) -> str:
+    """How the values of a channel are prepared, by its name alone.
+
+    >>> intensity_of("CT"), intensity_of("T1"), intensity_of("noNorm")
+    ('window', 'zscore', 'none')
+    """
+    return BY_NAME.get(channel.casefold(), "zscore")
+
+
 def crop_slices(image: sitk.Image, case: Case) -> sitk.Image:
     """The case's slices of an image in LPS order; all of it where the case is the whole volume."""
     return image if case.slices is None else image[:, :, case.slices[0] : case.slices[1] + 1]
@@ -231,7 +241,7 @@ def _median_spacing(cases: Sequence[Case], settings: Preprocessing) -> tuple[flo
 def _intensities(dataset: Dataset, case: Case) -> tuple[str, ...]:
     words = []
     for i, name in enumerate(dataset.channels):
-        word = BY_NAME.get(name.casefold(), "zscore")
+        word = intensity_of(name)
         if name.casefold().startswith("image") and sitk.GetArrayFromImage(read_images(case)[i]).min() < AIR:
             word = "window"  # the name does not tell, but it is a CT
         words.append(word)
@@ -333,7 +343,8 @@ def _normalise(image: sitk.Image, word: str, settings: Preprocessing) -> sitk.Im
         if body.size:
             values = np.where(values != 0, np.clip(values, *np.percentile(body, settings.percentiles)), values)
             body = values[values != 0]
-            values = (values - body.mean(dtype=np.float64)) / max(body.std(dtype=np.float64), 1e-8)
+            mean, deviation = body.mean(dtype=np.float64), body.std(dtype=np.float64)
+            values = (values - mean) / (deviation if deviation > ROUNDING * abs(mean) else 1.0)
     return sitk.GetImageFromArray(values.astype(np.float32, copy=False))
 
 

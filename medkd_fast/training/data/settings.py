@@ -20,7 +20,7 @@ class Preprocessing:
     size: (rows, columns) that every slice is resampled to over its own extent, in place of the y and x of `spacing`.
     intensity: one word a channel. "window": Hounsfield units clipped to `window`, scaled to [0, 1]. "percentile": clipped
         to `percentiles` of the volume, scaled to [0, 1]. "zscore": clipped to `percentiles`, then mean 0 and standard
-        deviation 1 over the voxels that are not 0. "none": as they are.
+        deviation 1 over the voxels that are not 0; where they hold one value, mean 0 alone. "none": as they are.
     """
 
     dims: int = 2

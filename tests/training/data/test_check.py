@@ -242,6 +242,16 @@ def test_values_that_are_no_numbers_constant_images_and_empty_labels(tmp_path, c
     ]
 
 
+def test_a_channel_that_is_a_mask(tmp_path, ct, label):
+    root = write_nnunet(tmp_path / "set", ct, label, channels=2)
+    write(sitk.Cast(ct > 100, sitk.sitkUInt8) * 7, root / "imagesTr" / "ct_002_0001.nii.gz")
+    message = "channel 1 holds 0 and 7 alone, as a mask does: a channel called noNorm keeps its values"
+    assert only(root) == (WARNING, "ct_002", message)
+    info = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps({**info, "channel_names": {"0": "CT", "1": "noNorm"}}))
+    assert findings(root) == []
+
+
 def test_names_and_images_that_come_twice(tmp_path, root, ct, label):
     image = root / "imagesTr" / "ct_000_0000.nii.gz"
     (root / "imagesTr" / "ct_002_0000.nii.gz").write_bytes(image.read_bytes())

@@ -203,6 +203,23 @@ def test_intensities(tmp_path, ct):
     assert (flat == 0).all()
 
 
+@pytest.mark.parametrize("value", [1.0, 0.1, -3e4, 1e9])
+def test_a_mask_as_a_channel_is_not_blown_up(value, tmp_path, ct):
+    mask = changed(ct, lambda a: np.where(a > 100, value, 0).astype(np.float32))
+    found = prepare(one(tmp_path, mask, None), replace(KEEP, intensity=("zscore",)))["a"].image[0]
+    expected = torch.from_numpy(np.where(sitk.GetArrayFromImage(ct) > 100, 0.0, -value).astype(np.float32))
+    torch.testing.assert_close(found, expected)
+
+
+def test_small_numbers_are_scored_as_large_ones(tmp_path, ct):
+    settings = replace(KEEP, intensity=("zscore",))
+    large, small = (
+        prepare(one(tmp_path, changed(ct, lambda a, s=scale: ((a + 1100) * s).astype(np.float32)), None), settings)
+        for scale in (1.0, 1e-12)  # diffusion in m2/s is about 1e-9
+    )
+    torch.testing.assert_close(small["a"].image, large["a"].image, rtol=1e-4, atol=1e-4)
+
+
 def test_plan_takes_medians_and_modalities(tmp_path, ct, label):
     root = write_nnunet(tmp_path / "set", ct, label, channels=2)
     wide = sitk.Image(ct)
