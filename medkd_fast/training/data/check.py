@@ -22,7 +22,7 @@ from medkd_fast.training.data.dataset import IGNORE, Case, Dataset
 from medkd_fast.training.data.geometry import Geometry, same_grid
 from medkd_fast.training.data.layouts import nnunet
 from medkd_fast.training.data.prepare import class_of, crop_slices, intensity_of, known_values, unknown_values
-from medkd_fast.training.data.read import Repaired, counts_of, read_images, read_label, uneven
+from medkd_fast.training.data.read import Repaired, counts_of, read_images, read_label, shown, uneven
 from medkd_fast.training.data.split import split_by_patient
 from medkd_fast.training.errors import WrongUse
 
@@ -79,7 +79,7 @@ def print_report(report: Report) -> None:
     """Two tables (cases, classes), then the findings, errors first, and the verdict."""
     console, dataset = Console(soft_wrap=True), report.dataset
     console.print(
-        f"{dataset.name}: layout {dataset.layout}, {len(dataset.cases)} cases of "
+        f"{shown(dataset.name)}: layout {dataset.layout}, {len(dataset.cases)} cases of "
         f"{len({c.patient for c in dataset.cases})} patients, channels {', '.join(dataset.channels)}",
         highlight=False,
         markup=False,
@@ -93,8 +93,8 @@ def print_report(report: Report) -> None:
     for f in report.facts:
         labelled = {c: n for c, n in f.voxels.items() if c not in (0, IGNORE)}
         table.add_row(
-            escape(f.case.name),
-            escape(f.case.patient),
+            escape(shown(f.case.name)),
+            escape(shown(f.case.patient)),
             sides.get(f.case.name, ""),
             " ".join(map(str, f.size)) if f.size else "-",
             " ".join(f"{s:.3g}" for s in f.spacing) if f.spacing else "-",
@@ -116,10 +116,10 @@ def print_report(report: Report) -> None:
         table.add_row(escape(name), str(len(counts)), f"{sum(counts):,}", share)
     _print_wide(table)
     for note in dataset.notes:
-        console.print(note, highlight=False, markup=False)
+        console.print(shown(note), highlight=False, markup=False)
     for finding in sorted(report.findings, key=lambda f: f.level != ERROR):
         where = f"{finding.case}: " if finding.case else ""
-        console.print(f"{finding.level}: {where}{finding.message}", highlight=False, markup=False)
+        console.print(shown(f"{finding.level}: {where}{finding.message}"), highlight=False, markup=False)
     errors = sum(f.level == ERROR for f in report.findings)
     console.print(
         f"{errors} error{'s' * (errors > 1)}: not to be trained on until that is mended"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 import tempfile
 import warnings
@@ -51,16 +52,34 @@ def read_header(case: Case) -> Header:
 
 def read_file(path: Path) -> sitk.Image:
     """One file, or one folder that holds a DICOM series; a direction that is not orthonormal is repaired with a warning."""
+    name = utf8(path)
     if not path.exists():
         raise WrongUse(f"{path} is not there")
     if not whole(path):
         raise WrongUse(f"{path} is cut off or damaged: fetch it again")  # ITK would fill it up with anything
     try:
-        return orthonormal(read_series(path) if path.is_dir() else sitk.ReadImage(str(path)), path)
+        return orthonormal(read_series(path) if path.is_dir() else sitk.ReadImage(name), path)
     except RuntimeError as error:
         if "orthonormal" in str(error) and path.name.endswith((".nii", ".nii.gz")):
             return _read_bent_nifti(path)
         raise WrongUse(f"{path} cannot be read as an image ({_reason(error)})") from error
+
+
+def utf8(path: Path | str) -> str:
+    """A path as SimpleITK takes it, which ends the whole process at a name that is not UTF-8. Raises WrongUse for that."""
+    name = str(path)
+    if shown(name) != name:
+        raise WrongUse(f"the name {shown(name)} is not UTF-8: rename it")
+    return name
+
+
+def shown(text: str) -> str:
+    """A text that can be printed: bytes of a file's name that are not UTF-8 as \\x and their number.
+
+    >>> print(shown(os.fsdecode(b"M\\xfcller.nii.gz")))
+    M\\xfcller.nii.gz
+    """
+    return os.fsencode(text).decode(errors="backslashreplace")
 
 
 def read_series(folder: Path) -> sitk.Image:
@@ -75,11 +94,11 @@ def read_series(folder: Path) -> sitk.Image:
 
 def series_files(folder: Path) -> tuple[str, ...]:
     """Files of the one DICOM series in a folder, in the order of their positions."""
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(utf8(folder))
     if len(series) != 1:
         found = f"{len(series)} DICOM series" if series else "no DICOM series"
         raise WrongUse(f"{folder} holds {found}: one folder must hold one series")
-    return sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    return tuple(utf8(f) for f in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0]))
 
 
 def channels_of(image: sitk.Image) -> list[sitk.Image]:
@@ -239,7 +258,7 @@ def _header_of(path: Path) -> Header:
     if path.is_dir():
         return _series_header(path)
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(utf8(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError:  # read_file repairs it or says what is wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import warnings
 
@@ -16,7 +17,7 @@ from small_sets import ORGANS, changed, write, write_csv, write_dicom, write_nnu
 from medkd_fast.cli import main
 from medkd_fast.training.data.check import ERROR, WARNING, check
 from medkd_fast.training.data.dataset import IGNORE, open_dataset
-from medkd_fast.training.data.prepare import prepare
+from medkd_fast.training.data.prepare import plan, prepare, prepare_case
 from medkd_fast.training.data.read import Repaired, read_file
 from medkd_fast.training.errors import WrongUse
 
@@ -80,6 +81,36 @@ def test_a_file_that_is_called_compressed_and_is_not(root, ct):
     assert findings(root) == []
     path.write_bytes(path.read_bytes()[:5000])
     assert "is cut off or damaged" in only(root)[2]
+
+
+def not_utf8(path) -> None:
+    """Give a file a name in Latin-1, at which SimpleITK ends the process."""
+    path.rename(path.with_name(os.fsdecode(b"M\xfcller") + path.name))
+
+
+def test_names_that_are_not_utf8(root, capsys):
+    not_utf8(root / "imagesTr" / "ct_001_0000.nii.gz")
+    not_utf8(root / "labelsTr" / "ct_001.nii.gz")
+    assert main(["data", str(root)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    image = root / "imagesTr" / "M\\xfcllerct_001_0000.nii.gz"
+    assert f"error: M\\xfcllerct_001: the name {image} is not UTF-8: rename it" in lines
+    dataset = open_dataset(root)
+    assert len(check(dataset).facts) == 4 and len(findings(root)) == 1  # the others are read
+    with pytest.raises(WrongUse, match="is not UTF-8: rename it"):
+        prepare(dataset)
+    with pytest.raises(WrongUse, match="is not UTF-8: rename it"):
+        prepare_case(next(p for p in (root / "imagesTr").iterdir() if "ller" in p.name), plan(open_dataset("demo")))
+
+
+def test_names_in_a_series_that_are_not_utf8(tmp_path, ct, label):
+    root = write_dicom(tmp_path / "set", ct, label)
+    not_utf8(root / "subject0" / "abdomen" / "000.dcm")
+    not_utf8(root / "subject1" / "abdomen.nii.gz")
+    (root / "subject1" / "abdomen").rename(root / "subject1" / os.fsdecode(b"M\xfcllerabdomen"))
+    first, second = (message for level, _, message in findings(root) if level == ERROR)
+    assert first == f"the name {root / 'subject0' / 'abdomen' / 'M'}\\xfcller000.dcm is not UTF-8: rename it"
+    assert second == f"the name {root / 'subject1' / 'M'}\\xfcllerabdomen is not UTF-8: rename it"
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])

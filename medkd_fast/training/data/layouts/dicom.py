@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 from medkd_fast.training.data.dataset import Case, Dataset
 from medkd_fast.training.data.layouts.common import classes_beside
+from medkd_fast.training.data.read import utf8
 from medkd_fast.training.errors import WrongUse
 
 LABELS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -59,10 +60,10 @@ def is_dicom(path: Path) -> bool:
 def modality(folder: Path) -> str:
     """What the first file says it is: CT, MR, ..."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(next(p for p in sorted(folder.iterdir()) if p.is_file() and is_dicom(p))))
     try:
+        reader.SetFileName(utf8(next(p for p in sorted(folder.iterdir()) if p.is_file() and is_dicom(p))))
         reader.ReadImageInformation()
-    except RuntimeError:
+    except (RuntimeError, WrongUse):  # for `check` to say
         return "image"
     return reader.GetMetaData(MODALITY).strip() if reader.HasMetaDataKey(MODALITY) else "image"
 
