@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -238,6 +239,21 @@ def test_dicom(sets, ct, tmp_path):
     np.testing.assert_allclose(volume.image[0], expected, atol=1e-5)  # the files' names are not in slice order
     mr = open_dataset(write_dicom(tmp_path / "mr", ct, sitk.Cast(ct > 100, sitk.sitkUInt8), cases=1, modality="MR"))
     assert mr.channels == ("MR",) and plan(mr).intensity == ("zscore",)
+
+
+def test_dicom_files_called_by_their_uid_and_a_list_of_them(sets, tmp_path):
+    root = shutil.copytree(sets["dicom"], tmp_path / "set")
+    for i, file in enumerate(sorted(root.glob("subject*/abdomen/*.dcm"))):
+        file.rename(file.with_name(f"1.2.826.0.1.3680043.2.1125.{i}"))
+    file = root / "subject0" / "abdomen" / "1.2.826.0.1.3680043.2.1125.0"
+    for folder in (root, file.parent):
+        (folder / "DICOMDIR").write_bytes(file.read_bytes()[:200])
+    dataset = open_dataset(root)
+    assert [c.name for c in dataset.cases] == [f"subject{i}_abdomen" for i in range(4)] and dataset.channels == ("CT",)
+    found, before = (
+        prepare(d, names=["subject0_abdomen"])["subject0_abdomen"] for d in (dataset, open_dataset(sets["dicom"]))
+    )
+    assert torch.equal(found.image, before.image)
 
 
 def test_dicom_labels_inside_and_several(tmp_path, ct, label):

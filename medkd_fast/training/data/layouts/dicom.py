@@ -49,12 +49,15 @@ def open(root: Path) -> Dataset:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file says that it is DICOM, by its mark at byte 128 or, for the files without, by its ending."""
+    if path.name.upper() == "DICOMDIR":  # has the mark, but no image: it lists the files of a disc
+        return False
     if path.suffix.lower() in (".dcm", ".ima"):
         return True
-    if path.suffix:
+    try:
+        with path.open("rb") as file:  # whatever its ending: that of a file called by its UID is a number
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
         return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def modality(folder: Path) -> str:
