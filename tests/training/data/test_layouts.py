@@ -268,6 +268,22 @@ def test_dicom_labels_inside_and_several(tmp_path, ct, label):
         open_dataset(tmp_path / "set")
 
 
+@pytest.mark.parametrize("layout", ["acdc", "dicom"])
+def test_linked_folders_are_followed_and_none_counts_twice(layout, sets, tmp_path):
+    names = [c.name for c in open_dataset(sets[layout]).cases]
+    shutil.copytree(sets[layout], tmp_path / "elsewhere")
+    root = shutil.copytree(sets[layout], tmp_path / "set")
+    last = max(p for p in root.iterdir() if p.is_dir())
+    shutil.rmtree(last)
+    last.symlink_to(tmp_path / "elsewhere" / last.name)
+    first = min(p for p in root.iterdir() if p.is_dir())
+    (root / "again").symlink_to(first)
+    (first / "round").symlink_to(root)
+    cases = open_dataset(root).cases
+    assert [c.name for c in cases] == names and cases[-1].patient == last.name
+    assert all(c.label is not None and c.label.is_file() for c in cases)
+
+
 def test_what_is_no_data_set(tmp_path):
     with pytest.raises(
         WrongUse, match=r"no data at .*nowhere: give a folder, a CSV file or a built-in .*\(demo, mni152\)"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medkd_fast.training.data.dataset import Case, Dataset
-from medkd_fast.training.data.layouts.common import stem
+from medkd_fast.training.data.layouts.common import files_below, stem
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
 
@@ -46,7 +46,7 @@ def open(root: Path) -> Dataset:
 
 
 def _frames(root: Path) -> Iterator[tuple[Path, str]]:
-    for path in root.rglob("patient*_frame*.nii*"):
+    for path in files_below(root):
         match = FRAME.fullmatch(stem(path))
-        if match and path.is_file():
+        if match and path.name.lower().endswith((".nii", ".nii.gz")):
             yield path, match[1]

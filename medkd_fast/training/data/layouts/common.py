@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ def stem(path: Path | str) -> str:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return Path(name).stem
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """All files below a folder, linked folders included; a folder that is reached twice counts once, without the link."""
+    seen: set[Path] = set()
+    folders = [root]
+    while folders:
+        for folder, inside, names in os.walk(folders.pop()):  # which follows no link
+            place = Path(folder).resolve()
+            if place in seen:
+                inside.clear()
+                continue
+            seen.add(place)
+            folders += [path for name in inside if (path := Path(folder, name)).is_symlink()]
+            yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
 def dataset_json(root: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from medkd_fast.training.data.dataset import Case, Dataset
-from medkd_fast.training.data.layouts.common import classes_beside
+from medkd_fast.training.data.layouts.common import classes_beside, files_below
 from medkd_fast.training.data.read import utf8
 from medkd_fast.training.errors import WrongUse
 
@@ -72,7 +72,7 @@ def modality(folder: Path) -> str:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    return (p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return (p for p in files_below(root) if not p.name.startswith("."))
 
 
 def _case(root: Path, folder: Path) -> Case:
