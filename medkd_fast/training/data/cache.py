@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import write_atomically
 
 VARIABLE = "MEDKD_FAST_CACHE"
+DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 def default_cache() -> Path:
@@ -39,8 +41,9 @@ def digest_of_content(path: Path, cache: Path) -> str:
     stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     note = cache / "digests" / digest(json.dumps(stats))
     try:
-        return note.read_text()
-    except OSError:
+        if DIGEST.fullmatch(known := note.read_text()):  # a power cut may leave an empty file
+            return known
+    except (OSError, ValueError):
         pass
     found = digest(json.dumps([(f.name if len(files) > 1 else "", _of_bytes(f)) for f in files]))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,3 +313,11 @@ def test_the_values_of_labels_are_read_once(sets, monkeypatch):
     monkeypatch.setattr(common, "read_label", lambda case: pytest.fail("read again"))
     assert open_dataset(sets["csv"]) == first
     assert os.listdir(os.environ["MEDKD_FAST_CACHE"])
+
+
+def test_values_that_were_kept_and_cannot_be_read_are_read_again(sets):
+    first = open_dataset(sets["csv"])
+    (note,) = (Path(os.environ["MEDKD_FAST_CACHE"]) / "values").iterdir()  # of the same label four times
+    for damaged in ("", "[1, 2"):
+        note.write_text(damaged)
+        assert open_dataset(sets["csv"]) == first and json.loads(note.read_text()) == [0, *ORGANS.values()]

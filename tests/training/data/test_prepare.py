@@ -347,6 +347,15 @@ def test_a_torn_entry_is_made_again(tmp_path, ct, label):
         assert torch.equal(prepare(dataset, KEEP)["a"].image, whole)
 
 
+def test_notes_that_a_power_cut_has_emptied_are_written_anew(tmp_path, ct, label):
+    root = write_nnunet(tmp_path / "set", ct, label, cases=2)
+    first = {n: v.image.clone() for n, v in prepare(open_dataset(root), KEEP).items()}
+    for note in (Path(os.environ["MEDKD_FAST_CACHE"]) / "digests").iterdir():
+        note.write_text("")
+    again = prepare(open_dataset(root), KEEP)
+    assert all(torch.equal(again[n].image, image) for n, image in first.items()) and len(entries()) == 2
+
+
 def test_two_processes_fill_one_cache(tmp_path, ct, label):
     root = write_nnunet(tmp_path / "set", ct, label, cases=3)
     code = (

@@ -15,7 +15,7 @@ from medkd_fast.training.data import cache as store_of
 from medkd_fast.training.data.dataset import IGNORE, Case
 from medkd_fast.training.data.read import counts_of, read_label
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.files import write_json
+from medkd_fast.training.files import read_json, write_json
 
 MOST_CLASSES = 254  # prepared labels are bytes, and 255 is the ignored voxel
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".png", ".tif", ".tiff")
@@ -130,8 +130,10 @@ def _values_in(case: Case) -> list[int]:
     """Whole numbers >= 0 in a label file; what is wrong with it is for `check` to say."""
     cache = store_of.default_cache()
     note = cache / "values" / f"{store_of.digest_of_content(case.label, cache)}.json"
-    if note.is_file():
-        return json.loads(note.read_text())
+    try:
+        return read_json(note)
+    except (OSError, ValueError):  # not there, or damaged
+        pass
     try:
         found = counts_of(sitk.GetArrayFromImage(read_label(case)))
     except WrongUse:
