@@ -20,6 +20,7 @@ from medkd_fast.training.data.dataset import Case
 from medkd_fast.training.data.geometry import Geometry
 from medkd_fast.training.errors import WrongUse
 
+NIFTI = (".nii", ".nii.gz")
 ORTHONORMAL = 1e-4  # how far from the identity Dᵀ·D may be
 
 
@@ -60,7 +61,7 @@ def read_file(path: Path) -> sitk.Image:
     try:
         return orthonormal(read_series(path) if path.is_dir() else sitk.ReadImage(name), path)
     except RuntimeError as error:
-        if "orthonormal" in str(error) and path.name.endswith((".nii", ".nii.gz")):
+        if "orthonormal" in str(error) and path.name.lower().endswith(NIFTI):
             return _read_bent_nifti(path)
         raise WrongUse(f"{path} cannot be read as an image ({_reason(error)})") from error
 
@@ -179,7 +180,7 @@ def whole(path: Path) -> bool:
             with gzip.open(path) as file:
                 while file.read(1 << 22):
                     pass
-        elif path.name.endswith((".nii", ".nii.gz")):
+        elif path.name.lower().endswith(NIFTI):
             with path.open("rb") as file:
                 header = file.read(348)
             if order := _byte_order(header):
@@ -194,7 +195,7 @@ def whole(path: Path) -> bool:
 
 def is_gzip(path: Path) -> bool:
     """Whether a file called .gz is compressed; some are not, and ITK reads them all the same."""
-    if not path.name.endswith(".gz"):
+    if not path.name.lower().endswith(".gz"):
         return False
     with path.open("rb") as file:
         return file.read(2) == b"\x1f\x8b"

@@ -125,6 +125,16 @@ def test_files_that_are_cut_off(ending, tmp_path, ct, label):
         prepare(open_dataset(root))
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+def test_endings_in_capitals(ending, tmp_path, ct):
+    path = write(ct, tmp_path / f"a{ending}").rename(tmp_path / f"a{ending.upper()}")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_file(path)), sitk.GetArrayFromImage(ct))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])  # which ITK reads as if it were whole
+    with pytest.raises(WrongUse, match=f"a{ending.upper()} is cut off or damaged"):
+        read_file(path)
+
+
 def test_missing_label_and_missing_file(tmp_path, root, ct, label):
     (root / "labelsTr" / "ct_003.nii.gz").unlink()
     assert only(root) == (WARNING, "ct_003", "no label: not trained on")
