@@ -119,6 +119,15 @@ def test_nnunet_with_names_of_acdc_keeps_patients_together(tmp_path, ct, label):
     assert {c.patient for c in open_dataset(root).cases} == {"patient007"} and len(open_dataset(root).cases) == 2
 
 
+def test_nnunet_channels_with_a_gap(tmp_path, ct, label):
+    root = write_nnunet(tmp_path / "set", ct, label, channels=2)
+    (root / "imagesTr" / "ct_001_0001.nii.gz").rename(root / "imagesTr" / "ct_001_0002.nii.gz")
+    with pytest.raises(
+        WrongUse, match="case ct_001 has the channels 0000, 0002: they are counted from 0000 without gaps"
+    ):
+        open_dataset(root)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -223,12 +232,25 @@ def test_csv_of_pictures(tmp_path, ct, label):
         ("image,label\n", "lists no case"),
         ("image,label\n,b\n", "line 2 .* has no file in the column image"),
         ("image,label,split\na.nii,b.nii,holdout\n", "split must be train, validation or test, got 'holdout'"),
+        ("image,label,split\na,b,train\nc,d,\ne,,\nf,g,\n", "no split for the labels in its lines 3, 5: write train"),
+        ("image,label\na.nii,b.nii\nc.nii,d.nii\n", "b.nii is not there"),
     ],
 )
 def test_csv_that_cannot_be_used(text, message, tmp_path):
     (tmp_path / "set.csv").write_text(text)
     with pytest.raises(WrongUse, match=message):
         open_dataset(tmp_path / "set.csv")
+
+
+def test_a_csv_whose_labels_cannot_be_read_says_why(tmp_path, ct, label):
+    table = write_csv(tmp_path / "set", ct, label)
+    first, *others = sorted((tmp_path / "set" / "masks").iterdir())
+    write(sitk.Compose(label, label, label), first)
+    assert open_dataset(table).classes[1] == "label 1"  # the others tell
+    for path in others:
+        path.unlink()
+    with pytest.raises(WrongUse, match=f"the label {first} has 3 channels: one is wanted"):
+        open_dataset(table)
 
 
 def test_dicom(sets, ct, tmp_path):

@@ -117,27 +117,32 @@ def classes_beside(folder: Path, cases: Iterable[Case]) -> tuple[dict[int, str],
                 raise
             raise WrongUse(f"{path} cannot be read as JSON ({error})") from error
     values: set[int] = set()
-    for case in track([c for c in cases if c.label is not None and c.label.exists()], "reading labels"):
-        values |= set(_values_in(case))
+    unread: list[WrongUse] = []  # for `check` to say, where the other labels tell the classes
+    for case in track([c for c in cases if c.label is not None], "reading labels"):
+        try:
+            values |= set(_values_in(case))
+        except WrongUse as error:
+            unread.append(error)
         if len(values) > MOST_CLASSES:
             raise WrongUse(f"{case.label} and those before it hold {len(values)} different values: is it a label?")
+    if values <= {0} and unread:
+        raise unread[0]
     if values <= {0}:
         raise WrongUse(f"no label below {folder} holds anything besides 0: there is nothing to segment")
     return named_labels({str(v): f"label {v}" for v in sorted(values)}, folder)
 
 
 def _values_in(case: Case) -> list[int]:
-    """Whole numbers >= 0 in a label file; what is wrong with it is for `check` to say."""
+    """Whole numbers >= 0 in a label file; what else it holds is for `check` to say. Raises WrongUse where it cannot be read."""
+    if not case.label.exists():
+        raise WrongUse(f"{case.label} is not there")
     cache = store_of.default_cache()
     note = cache / "values" / f"{store_of.digest_of_content(case.label, cache)}.json"
     try:
         return read_json(note)
     except (OSError, ValueError):  # not there, or damaged
         pass
-    try:
-        found = counts_of(sitk.GetArrayFromImage(read_label(case)))
-    except WrongUse:
-        return []
+    found = counts_of(sitk.GetArrayFromImage(read_label(case)))
     values = [int(v) for v in found if v >= 0 and float(v).is_integer()]
     write_json(note, values)
     return values

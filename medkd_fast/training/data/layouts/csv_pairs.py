@@ -31,7 +31,7 @@ def open(root: Path) -> Dataset:
         if not columns or "label" not in (reader.fieldnames or []):
             raise WrongUse(f"the first line of {root} must name the columns image and label, got {reader.fieldnames}")
         rows = list(reader)
-    cases, sides = [], {}
+    cases, sides, on_no_side = [], {}, []
     for line, row in enumerate(rows, start=2):
         cells = {k: (v or "").strip() for k, v in row.items() if k is not None}
         if not all(cells[c] for c in columns):
@@ -49,8 +49,15 @@ def open(root: Path) -> Dataset:
                 )
             if label:
                 sides.setdefault(SIDES[cells["split"].lower()], []).append(name)
+        elif label:
+            on_no_side.append(line)
     if not cases:
         raise WrongUse(f"{root} lists no case")
+    if "train" in sides and on_no_side:
+        raise WrongUse(
+            f"{root} names training cases, and no split for the labels in its lines {', '.join(map(str, on_no_side[:8]))}"
+            f"{', ...' if on_no_side[8:] else ''}: write train, validation or test there, or take these lines out"
+        )
     classes, label_values, ignore_label = classes_beside(root.parent, cases)
     return Dataset(
         name=root.stem,

@@ -85,6 +85,11 @@ def _cases(images: Path, labels: Path, ending: str) -> list[Case]:
             files.setdefault(match[1], {})[int(match[2])] = path
     cases = []
     for name, of_case in files.items():
+        if set(of_case) != set(range(len(of_case))):
+            raise WrongUse(
+                f"{images}: case {name} has the channels {', '.join(f'{k:04d}' for k in sorted(of_case))}: they are counted "
+                f"from 0000 without gaps; add the file that is missing, or take the case out"
+            )
         label = labels / f"{name}{ending}"
         cases.append(
             Case(name, _patient(name), tuple(of_case[k] for k in sorted(of_case)), label if label.is_file() else None)
