@@ -208,11 +208,15 @@ def known_values(dataset: Dataset) -> list[int]:
 
 
 def unknown_values(present: Iterable[float], dataset: Dataset) -> list[str]:
-    """Those of a label volume's values that the data set does not know."""
+    """Those of a label volume's values that the data set does not know, to every digit."""
     known = set(known_values(dataset))
-    return [
-        f"{v:g}" for v in present if not float(v).is_integer() or (int(v) not in known and not dataset.other_values)
-    ]
+    found = []
+    for value in present:
+        if not float(value).is_integer():
+            found.append(f"{value} (not whole)")
+        elif int(value) not in known and not dataset.other_values:
+            found.append(str(int(value)))
+    return found
 
 
 def intensity_of(channel: str) -> str:

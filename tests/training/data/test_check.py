@@ -175,7 +175,10 @@ def test_label_out_of_range_and_not_whole(root, label):
     with pytest.raises(WrongUse, match="of case ct_000 holds 40"):
         prepare(open_dataset(root))
     write(changed(label, lambda a: a.astype(np.float32) * 0.5), root / "labelsTr" / "ct_000.nii.gz")
-    assert "holds 0.5, 1.5, 2.5, 4, which" in only(root)[2]
+    parts = "0.5 (not whole), 1.5 (not whole), 2.5 (not whole), 4"
+    assert f"holds {parts}, which" in only(root)[2]
+    write(changed(label, lambda a: a.astype(np.float64) * (1 - 1e-10)), root / "labelsTr" / "ct_000.nii.gz")
+    assert "holds 0.9999999999 (not whole), 1.9999999998 (not whole)," in only(root)[2]
     # whole numbers of any type are fine
     for kind in (sitk.sitkFloat64, sitk.sitkInt16, sitk.sitkUInt64):
         write(sitk.Cast(label, kind), root / "labelsTr" / "ct_000.nii.gz")
