@@ -135,10 +135,30 @@ def test_nnunet_channels_with_a_gap(tmp_path, ct, label):
         ({"background": 0, "liver": 1.5}, "'liver' must be a whole number >= 0, got 1.5"),
         ({"background": 0, "liver": 1, "spleen": 1}, "the value 1 is both 'liver' and 'spleen'"),
         ({"background": 0}, "no label besides the background"),
+        ({"liver": 0, "background": 1, "tumour": 2}, "the background must be 0, got 1"),
+        ({"0": "background", "1": "kidney", "2": "kidney"}, "two values are called 'kidney'"),
     ],
 )
 def test_nnunet_labels_that_are_not_supported(labels, message, tmp_path):
     info = {"channel_names": {"0": "CT"}, "labels": labels}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(WrongUse, match=message):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"channel_names": {"CT": "0"}}, r"needs channel_names, numbers with their names, .* got {'CT': '0'}"),
+        ({"channel_names": ["CT"]}, r"needs channel_names, numbers with their names, .* got \['CT'\]"),
+        ({"dataset": [{"images": ["a"], "label": "b"}]}, "dataset must hold the files of every case by its name"),
+        ({"dataset": {"a": {"image": "a", "label": "b"}}}, "dataset must hold the files of every case by its name"),
+        ({"dataset": {"a": {"images": "a_0000.nii.gz"}}}, "dataset must hold the files of every case by its name"),
+        ({"dataset": {"a": {"images": ["a"], "label": 1}}}, "dataset must hold the files of every case by its name"),
+    ],
+)
+def test_nnunet_tables_of_another_form(values, message, tmp_path):
+    info = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, **values}
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(WrongUse, match=message):
         open_dataset(tmp_path)
@@ -239,6 +259,13 @@ def test_csv_of_pictures(tmp_path, ct, label):
 def test_csv_that_cannot_be_used(text, message, tmp_path):
     (tmp_path / "set.csv").write_text(text)
     with pytest.raises(WrongUse, match=message):
+        open_dataset(tmp_path / "set.csv")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_csv_in_another_encoding(encoding, tmp_path):
+    (tmp_path / "set.csv").write_text("image,label,patient\na.nii,b.nii,M\u00fcller\n", encoding=encoding)
+    with pytest.raises(WrongUse, match=r"set.csv cannot be read as a table \(.*\): save it as CSV in UTF-8"):
         open_dataset(tmp_path / "set.csv")
 
 

@@ -67,7 +67,8 @@ def named_labels(labels: Mapping[str, Any], where: Path) -> tuple[dict[int, str]
     """(classes, label_values, ignore_label) of a table of labels, {name: value} or {value: name}.
 
     The values in the files may have gaps: classes are counted from 1 in their order. A label named "ignore" is left out of
-    losses and scores. Raises WrongUse for regions (a name with several values) and for a background that is not 0.
+    losses and scores. Raises WrongUse for regions (a name with several values), for a name that two classes have and for a
+    background that is not 0.
 
     >>> named_labels({"background": 0, "liver": 2, "tumour": 5, "ignore": 6}, Path("dataset.json"))
     ({1: 'liver', 2: 'tumour'}, {0: 0, 2: 1, 5: 2, 6: 255}, 255)
@@ -91,6 +92,12 @@ def named_labels(labels: Mapping[str, Any], where: Path) -> tuple[dict[int, str]
     for value, name in sorted(names.items()):
         if value == 0:
             continue
+        if name.casefold() == "background":
+            raise WrongUse(
+                f"{where}: the background must be 0, got {value}: the files need other values, or {value} another name"
+            )
+        if name in classes.values():
+            raise WrongUse(f"{where}: two values are called {name!r}: every class needs a name of its own")
         if name.casefold() == "ignore":
             label_values[value], ignore_label = IGNORE, IGNORE
         else:
@@ -101,6 +108,17 @@ def named_labels(labels: Mapping[str, Any], where: Path) -> tuple[dict[int, str]
     if len(classes) > MOST_CLASSES:
         raise WrongUse(f"{where} names {len(classes)} labels: at most {MOST_CLASSES} are possible")
     return classes, label_values, ignore_label
+
+
+def named_channels(channels: Any, key: str, where: Path) -> tuple[str, ...]:
+    """Names in the order of their numbers, of the table {number: name} that stands under a key of dataset.json.
+
+    >>> named_channels({"1": "T2", "0": "T1"}, "modality", Path("dataset.json"))
+    ('T1', 'T2')
+    """
+    if not isinstance(channels, dict) or not channels or not all(k.isdecimal() for k in channels):
+        raise WrongUse(f"{where} needs {key}, numbers with their names, for example {{'0': 'CT'}}, got {channels!r}")
+    return tuple(str(channels[k]) for k in sorted(channels, key=int))
 
 
 def classes_beside(folder: Path, cases: Iterable[Case]) -> tuple[dict[int, str], dict[int, int], int | None]:

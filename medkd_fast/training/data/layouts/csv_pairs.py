@@ -25,12 +25,15 @@ def found(root: Path) -> bool:
 def open(root: Path) -> Dataset:
     if not root.is_file():
         raise WrongUse(f"{root} must be a CSV file")
-    with root.open(newline="", encoding="utf-8-sig") as file:  # Excel puts a mark in front
-        reader = csv.DictReader(file)
-        columns = [c for c in reader.fieldnames or [] if c == "image" or c.startswith("image_")]
-        if not columns or "label" not in (reader.fieldnames or []):
-            raise WrongUse(f"the first line of {root} must name the columns image and label, got {reader.fieldnames}")
-        rows = list(reader)
+    try:
+        with root.open(newline="", encoding="utf-8-sig") as file:  # Excel puts a mark in front
+            reader = csv.DictReader(file)
+            header, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise WrongUse(f"{root} cannot be read as a table ({error}): save it as CSV in UTF-8") from error
+    columns = [c for c in header if c == "image" or c.startswith("image_")]
+    if not columns or "label" not in header:
+        raise WrongUse(f"the first line of {root} must name the columns image and label, got {header}")
     cases, sides, on_no_side = [], {}, []
     for line, row in enumerate(rows, start=2):
         cells = {k: (v or "").strip() for k, v in row.items() if k is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medkd_fast.training.data.dataset import Case, Dataset
-from medkd_fast.training.data.layouts.common import dataset_json, named_labels, stem
+from medkd_fast.training.data.layouts.common import dataset_json, named_channels, named_labels, stem
 from medkd_fast.training.errors import WrongUse
 
 
@@ -16,12 +16,10 @@ def found(root: Path) -> bool:
 
 def open(root: Path) -> Dataset:
     info = dataset_json(root)
-    channels = info.get("modality")
+    channels = named_channels(info.get("modality"), "modality", root / "dataset.json")
     training = info.get("training")
-    if not isinstance(channels, dict) or not channels or not isinstance(training, list) or not training:
-        raise WrongUse(
-            f"{root / 'dataset.json'} needs modality, for example {{'0': 'CT'}}, and a list of training files"
-        )
+    if not isinstance(training, list) or not training:
+        raise WrongUse(f"{root / 'dataset.json'} needs training, a list of objects with image and label")
     classes, label_values, ignore_label = named_labels(info.get("labels", {}), root / "dataset.json")
     try:
         cases = [_case(root, pair["image"], pair["label"]) for pair in training]
@@ -34,7 +32,7 @@ def open(root: Path) -> Dataset:
         layout="decathlon",
         cases=tuple(cases),
         classes=classes,
-        channels=tuple(str(channels[k]) for k in sorted(channels, key=int)),
+        channels=channels,
         ignore_label=ignore_label,
         label_values=label_values,
     )

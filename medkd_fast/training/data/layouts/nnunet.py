@@ -12,7 +12,7 @@ from typing import Any
 
 from medkd_fast.training.data.dataset import Case, Dataset
 from medkd_fast.training.data.layouts import acdc
-from medkd_fast.training.data.layouts.common import IMAGE_ENDINGS, dataset_json, named_labels
+from medkd_fast.training.data.layouts.common import IMAGE_ENDINGS, dataset_json, named_channels, named_labels
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
 
@@ -27,9 +27,7 @@ def found(root: Path) -> bool:
 def open(root: Path) -> Dataset:
     info = dataset_json(root)
     names = info.get("channel_names") or info.get("modality")
-    if not isinstance(names, dict) or not names:
-        raise WrongUse(f"{root / 'dataset.json'} needs channel_names, for example {{'0': 'CT'}}")
-    channels = tuple(str(names[k]) for k in sorted(names, key=int))
+    channels = named_channels(names, "channel_names", root / "dataset.json")
     classes, label_values, ignore_label = named_labels(info.get("labels", {}), root / "dataset.json")
     ending = info.get("file_ending", ".nii.gz")
     train = _listed(root, info) or _cases(root / "imagesTr", root / "labelsTr", ending)
@@ -61,6 +59,12 @@ def stray_labels(dataset: Dataset) -> list[Path]:
 
 def _listed(root: Path, info: dict[str, Any]) -> list[Case]:
     """The cases whose files dataset.json lists itself."""
+    listed = info.get("dataset", {})
+    if not isinstance(listed, dict) or not all(_is_entry(files) for files in listed.values()):
+        raise WrongUse(
+            f"{root / 'dataset.json'}: dataset must hold the files of every case by its name, for example "
+            "{'a': {'images': ['imagesTr/a_0000.nii.gz'], 'label': 'labelsTr/a.nii.gz'}}"
+        )
     return [
         Case(
             name,
@@ -68,8 +72,14 @@ def _listed(root: Path, info: dict[str, Any]) -> list[Case]:
             tuple(root / p for p in files["images"]),
             root / files["label"] if "label" in files else None,
         )
-        for name, files in sorted(info.get("dataset", {}).items())
+        for name, files in sorted(listed.items())
     ]
+
+
+def _is_entry(files: Any) -> bool:
+    if not isinstance(files, dict) or not isinstance(files.get("images"), list) or not files["images"]:
+        return False
+    return all(isinstance(p, str) for p in [*files["images"], files.get("label", "")])
 
 
 def _patient(name: str) -> str:
