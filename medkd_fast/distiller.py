@@ -244,7 +244,7 @@ class Distiller(nn.Module):
         assert self._of_student.inputs is not None
         args, kwargs = self._of_student.inputs
         if self.training and "step" in self._buffers:
-            self.step += 1  # before the weights: compiled, the backward takes them from what it finds afterwards
+            self.step += 1
         with torch.no_grad():
             for network in self.teachers:
                 if any(module.training for module in network.modules()):
@@ -253,9 +253,7 @@ class Distiller(nn.Module):
 
     def _weight(self, term: Term) -> float | torch.Tensor:
         """A rising weight is computed on the device: a captured graph and a compiled loss see it rise."""
-        if not term.warm_up:
-            return term.weight
-        return torch.clamp(self.step / term.warm_up, max=1) * term.weight
+        return _risen(self.step, term.warm_up, float(term.weight)) if term.warm_up else term.weight
 
     def _compare(self, i: int, which: int, target: torch.Tensor | None, trains: bool) -> torch.Tensor:
         call, loss = self._calls[i], cast(nn.ModuleList, self.losses[i])[which]
@@ -321,6 +319,18 @@ class Distiller(nn.Module):
                 "example of the images: example=images"
             )
         return settings
+
+
+@torch.library.custom_op("medkd_fast::risen", mutates_args=())
+def _risen(step: torch.Tensor, warm_up: int, weight: float) -> torch.Tensor:
+    """The weight of a term so many steps after it began to rise; an operator, because the backward of a compiled step would compute
+    it again, from a number of steps that has gone on since."""
+    return torch.clamp(step / warm_up, max=1) * weight
+
+
+@_risen.register_fake
+def _(step: torch.Tensor, warm_up: int, weight: float) -> torch.Tensor:
+    return step.new_empty((), dtype=torch.get_default_dtype())
 
 
 def _checked(terms: Sequence[Term]) -> tuple[Term, ...]:

@@ -492,6 +492,25 @@ def test_the_loss_part_compiles_whole(cpp: str) -> None:
     assert_same(gradients(kd), gradients(plain), 1e-9)
 
 
+def test_a_weight_rises_in_a_step_compiled_whole(cpp: str) -> None:
+    torch._dynamo.reset()
+    teacher, student = pair(student_width=4)
+    images, labels = batch()
+    student.eval()
+    kd = Distiller(teacher, student, [Term("kd", warm_up=10)], example=images)
+    plain = copy.deepcopy(kd)
+
+    def step(kd: Distiller) -> torch.Tensor:
+        kd(images)
+        return kd.loss(labels)
+
+    compiled = torch.compile(step, backend="aot_eager")
+    for _ in range(2):
+        compiled(kd).backward()
+        step(plain).backward()
+        assert_same(gradients(kd), gradients(plain), 1e-5)
+
+
 def test_a_compiled_student(cpp: str) -> None:
     torch._dynamo.reset()
     teacher, student = pair()
