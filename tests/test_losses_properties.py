@@ -184,6 +184,26 @@ def test_without_a_valid_pixel_it_is_zero(composed: str, name: str) -> None:
     assert value == 0 and (gradient == 0).all()
 
 
+@pytest.mark.parametrize("make", [losses.CPKDLoss, losses.PKDLoss, losses.ICKDLoss])
+def test_an_adapter_is_compiled_for_maps_of_any_size(cpp: str, make: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    loss = make(student_channels=4, teacher_channels=6)
+    compiled = torch.compile(lambda x, y: loss(x, y), fullgraph=True, dynamic=True)
+    for size in ((8, 8), (6, 10)):
+        student, teacher = torch.randn(2, 4, *size), torch.randn(2, 6, *size)
+        want, want_gradient = value_and_gradient(lambda x, y=teacher: loss(x, y), student)
+        value, gradient = value_and_gradient(lambda x, y=teacher: compiled(x, y), student)
+        assert_close(value, want, 1e-5)
+        assert_close(gradient, want_gradient, 1e-4)
+
+
+@EVERY
+def test_a_batch_without_images_is_zero(composed: str, name: str) -> None:
+    student, teacher, target = (x[:0] for x in inputs())
+    value, gradient = run(name, student, teacher, target)
+    assert value == 0 and gradient.shape == student.shape
+
+
 WITH_LABELS = {
     "ifvd": lambda x, y, target: losses.IFVDLoss(160)(x, y, target),
     "emkd": lambda x, y, target: losses.EMKDLoss(160)(x, y, target, [x], [y]),

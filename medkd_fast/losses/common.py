@@ -182,14 +182,21 @@ def check_channels(student_channels: int | None, teacher_channels: int | None) -
 
 def make_adapter(
     student_channels: int | None, teacher_channels: int | None, even_if_equal: bool = False
-) -> nn.Conv1d | None:
+) -> PixelwiseConv | None:
     """A 1×1 convolution from the student's channels to the teacher's; over flattened pixels, so for 2-D and 3-D alike."""
     check_channels(student_channels, teacher_channels)
     if student_channels is None or teacher_channels is None:
         return None
     if student_channels == teacher_channels and not even_if_equal:
         return None
-    return nn.Conv1d(student_channels, teacher_channels, kernel_size=1, bias=False)
+    return PixelwiseConv(student_channels, teacher_channels, kernel_size=1, bias=False)
+
+
+class PixelwiseConv(nn.Conv1d):
+    """A convolution of size 1 as a product: of the other's strides torch.compile knows too little where sizes change."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight.squeeze(2) @ x
 
 
 def adapted(

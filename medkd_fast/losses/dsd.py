@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -97,7 +98,7 @@ class DSDLoss(common.DistillationLoss):
         students, teachers = ([common.to_size(x, size) for x in layers] for layers in (students, teachers))
         mask = common.counted(target, students[0], self.ignore_index)
         residual_s, residual_t = (self._residuals(layers, mask) for layers in (students, teachers))
-        counts = None if mask is None else mask.flatten(1).repeat(len(residual_s) // len(mask), 1)
+        counts = None if mask is None else mask.flatten(1).repeat(math.comb(len(students), 2), 1)
         return common.mean_square(residual_s, residual_t, counts)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from medkd_fast.losses import settings
 
 
 def check_pool(pool: int | Sequence[int] | None) -> None:
-    factors = pool if isinstance(pool, Sequence) and not isinstance(pool, str) else [pool]
+    factors: Sequence[Any] = pool if isinstance(pool, Sequence) else [pool]
     if pool is not None and not (factors and all(settings.is_whole(factor) and factor >= 1 for factor in factors)):
         raise ValueError(f"pool: got {pool!r}, want a whole number of at least 1, one for each axis, or None")
 
