@@ -131,7 +131,8 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend inside a `with` block. Raises as `set_backend` does.
+    """Forces a backend inside a `with` block, for all threads of the process: blocks of several threads must not overlap.
+    Raises as `set_backend` does.
 
     >>> import torch, medkd_fast
     >>> student, teacher = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)

@@ -56,8 +56,9 @@ class AttentionMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v_map: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient = kernel("attention_map_backward", ctx.backend)(*ctx.saved_tensors, v_map, ctx.power)
-        return common.first_order(ctx.saved_tensors[0], gradient, "attention_map"), None, None, None
+        x, *state = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        gradient = kernel("attention_map_backward", ctx.backend)(x, *state, v_map, ctx.power)
+        return common.first_order(x, gradient, "attention_map"), None, None, None
 
 
 @shapes_of("attention_map")

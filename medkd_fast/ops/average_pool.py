@@ -70,8 +70,9 @@ class AveragePoolFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v_pooled: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        gradient = kernel("average_pool_backward", ctx.backend)(*ctx.saved_tensors, v_pooled, ctx.window)
-        return common.first_order(ctx.saved_tensors[0], gradient, "average_pool"), None, None, None
+        x, *state = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        gradient = kernel("average_pool_backward", ctx.backend)(x, *state, v_pooled, ctx.window)
+        return common.first_order(x, gradient, "average_pool"), None, None, None
 
 
 @shapes_of("average_pool")

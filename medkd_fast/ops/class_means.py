@@ -84,8 +84,9 @@ class ClassMeansFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v_means: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        gradient = kernel("class_means_backward", ctx.backend)(*ctx.saved_tensors, v_means, ctx.ignore_index)
-        return common.first_order(ctx.saved_tensors[0], gradient, "class_means"), None, None, None, None
+        x, *state = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        gradient = kernel("class_means_backward", ctx.backend)(x, *state, v_means, ctx.ignore_index)
+        return common.first_order(x, gradient, "class_means"), None, None, None, None
 
 
 @shapes_of("class_means")

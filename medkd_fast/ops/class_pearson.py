@@ -78,6 +78,7 @@ def class_pearson(
     if backend == "reference":
         outputs = common.plainly(reference, student, teacher, target, *weights, *settings, process_group)
         return ClassPearson(outputs[0], outputs[1].detach(), outputs[2].detach())
+    common.check_derivatives(student)
     return ClassPearson(
         *common.apply(ClassPearsonLoss, student, teacher, target, backend, weights, settings, process_group)
     )
@@ -111,8 +112,8 @@ class ClassPearsonLoss(torch.autograd.Function):
     def backward(ctx: Any, v_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # the loss of every process hangs on this one's pixels
         upstream = v_loss * ctx.processes
-        gradient = kernel("class_pearson_backward", ctx.backend)(*ctx.saved_tensors, upstream, *ctx.settings)
-        student = ctx.saved_tensors[0]
+        student, *state = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        gradient = kernel("class_pearson_backward", ctx.backend)(student, *state, upstream, *ctx.settings)
         return common.first_order(student, gradient, "class_pearson"), None, None, None, None, None, None
 
 

@@ -64,8 +64,9 @@ class ClassSimilarity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v_similarity: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call = kernel("class_similarity_backward", ctx.backend)
-        gradient = call(*ctx.saved_tensors, v_similarity, ctx.ignore_index)
-        return common.first_order(ctx.saved_tensors[0], gradient, "class_similarity"), None, None, None, None
+        x, *state = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        gradient = call(x, *state, v_similarity, ctx.ignore_index)
+        return common.first_order(x, gradient, "class_similarity"), None, None, None, None
 
 
 @shapes_of("class_similarity")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Result = TypeVar("Result")
 REDUCTIONS = ("mean", "sum", "none")
@@ -127,7 +129,25 @@ def check_labels(target: torch.Tensor, classes: int, ignore_index: int) -> None:
 
 
 def wants_gradient(student: torch.Tensor) -> bool:
+    check_derivatives(student)
     return student.requires_grad and torch.is_grad_enabled()
+
+
+def check_derivatives(student: torch.Tensor) -> None:
+    """Raises where others than those of backward are taken, which the kernels would silently make 0."""
+    other = _differentiated() if torch.compiler.is_compiling() else forward_ad.unpack_dual(student).tangent is not None
+    if other:
+        raise RuntimeError(
+            "derivatives of torch.func and of forward mode (grad, jvp, jacfwd) are not there in the fused backends; use backward or "
+            "torch.autograd.grad, or run this loss inside `with medkd_fast.use_backend('reference'):`"
+        )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _differentiated() -> bool:
+    """Whether what is compiled is inside torch.func.grad or the like, whose tensors do not say so."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms)
 
 
 def savable(x: Any) -> Any:
@@ -144,7 +164,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def plainly(function: Callable[..., Result], student: torch.Tensor, *args: Any, **settings: Any) -> Result:
     """Calls a reference outside autocast, which would take its matrix products to half precision."""
-    with torch.autocast(student.device.type, enabled=False):
+    there = torch.amp.autocast_mode.is_autocast_available(student.device.type)
+    with torch.autocast(student.device.type, enabled=False) if there else nullcontext():
         return function(student, *(savable(x) for x in args), **settings)
 
 
@@ -156,7 +177,7 @@ class FirstOrderOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, gradient: torch.Tensor, name: str) -> torch.Tensor:
+    def forward(ctx: Any, gradient: torch.Tensor, name: str, *depends_on: torch.Tensor) -> torch.Tensor:
         ctx.name = name
         return gradient.view_as(gradient)
 
@@ -168,8 +189,9 @@ class FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def first_order(student: torch.Tensor, gradient: torch.Tensor, name: str) -> torch.Tensor:
-    """The gradient to return from a backward: guarded when a graph of it is being made."""
+def first_order(student: torch.Tensor, gradient: torch.Tensor, name: str, *upstream: torch.Tensor) -> torch.Tensor:
+    """The gradient to return from a backward: guarded when a graph of it is being made. It depends on the student and, where that
+    does not show in the tensor itself, on what arrived for the results."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return FirstOrderOnly.apply(student, gradient, name)
+        return FirstOrderOnly.apply(gradient, name, student, *upstream)
     return gradient

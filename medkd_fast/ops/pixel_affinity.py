@@ -42,7 +42,7 @@ def pixel_affinity(x: torch.Tensor, *, relation: str = "cosine") -> torch.Tensor
     common.check_choice("relation", relation, RELATIONS)
     if x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want at least one channel")
-    backend = choose("pixel_affinity", x.device.type, x.numel(), x.shape[2:].numel())
+    backend = choose("pixel_affinity", x.device.type, x.numel(), math.prod(x.shape[2:]))
     if backend == "reference":
         return common.plainly(reference, x, relation)
     if common.wants_gradient(x):

@@ -76,7 +76,8 @@ class PixelLoss(torch.autograd.Function):
             else:
                 kernel("scale_gradient", ctx.backend)(gradient, v_loss, scale)
                 ctx.spent = True
-        return first_order(student, gradient, ctx.operator), None, None, None, None, None, None, None
+                gradient = gradient.data  # who changes it in place does not change what is saved here
+        return first_order(student, gradient, ctx.operator, v_loss), *(None,) * 7
 
 
 def fake_outputs(student: torch.Tensor, teacher: torch.Tensor, terms: int, reduction: str, need_gradient: bool) -> Any:

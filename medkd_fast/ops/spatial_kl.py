@@ -81,8 +81,8 @@ class SpatialKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient = kernel("spatial_kl_backward", ctx.backend)(*ctx.saved_tensors, v_loss, ctx.temperature)
-        student = ctx.saved_tensors[0]
+        student, *state = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        gradient = kernel("spatial_kl_backward", ctx.backend)(student, *state, v_loss, ctx.temperature)
         return common.first_order(student, gradient, "spatial_kl"), None, None, None, None, None
 
 

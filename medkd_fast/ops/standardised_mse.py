@@ -51,6 +51,7 @@ def standardised_mse(
     backend = choose("standardised_mse", student.device.type, student.numel())
     if backend == "reference":
         return common.plainly(reference, student, teacher, mask, process_group)
+    common.check_derivatives(student)
     return common.apply(StandardisedMSE, student, teacher, mask, backend, process_group)
 
 
@@ -79,8 +80,9 @@ class StandardisedMSE(torch.autograd.Function):
     def backward(ctx: Any, v_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # the loss of every process hangs on this one's pixels
         upstream = v_loss if ctx.processes == 1 else v_loss * ctx.processes
-        gradient = kernel("standardised_mse_backward", ctx.backend)(*ctx.saved_tensors, upstream)
-        return common.first_order(ctx.saved_tensors[0], gradient, "standardised_mse"), None, None, None, None
+        student, *state = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        gradient = kernel("standardised_mse_backward", ctx.backend)(student, *state, upstream)
+        return common.first_order(student, gradient, "standardised_mse"), None, None, None, None
 
 
 @shapes_of("standardised_mse")

@@ -34,8 +34,10 @@ def spatial_kl(
     if s.shape[2] == 0:
         value = s.sum(2)
     else:
-        counts = True if mask is None else mask.flatten(1).unsqueeze(1)
-        s, t = (torch.where(torch.as_tensor(counts), x / temperature, -INF).flatten(0, 1) for x in (s, t))
+        s, t = s / temperature, t / temperature
+        if mask is not None:
+            s, t = (x.masked_fill(~mask.flatten(1).unsqueeze(1), -INF) for x in (s, t))
+        s, t = s.flatten(0, 1), t.flatten(0, 1)
         value = categorical_kl(log_probability(s, logsumexp(s)), log_probability(t, logsumexp(t)), t != -INF)
         value = temperature**2 * value.unflatten(0, student.shape[:2])
     value = torch.where((valid > 0).unsqueeze(1), value, 0)
