@@ -162,6 +162,8 @@ def test_the_cuda_library_needs_what_every_torch_with_cuda_exports() -> None:
 def test_no_cuda_kernel_spills_registers() -> None:
     if not (ROOT / "medkd_fast/_cuda.so").exists():
         pytest.skip("medkd_fast/_cuda.so is not built")
+    if not (ROOT / "build/objects").exists():
+        pytest.skip("medkd_fast/_cuda.so was not built here, and compiling it takes minutes")
     found = cuda_report.kernels()
     assert {kernel.target for kernel in found} == {"sm_80", "sm_90"}
     assert not [kernel for kernel in found if kernel.stack or kernel.spilled]
