@@ -31,7 +31,7 @@ DEFAULT_WEIGHTS = {
     "sdd": 1.0,
     "boundary_kd": 1.0,
     "fitnet": 100.0,
-    "at": 500.0,
+    "at": 1000.0,
     "skd": 0.5,
     "sp": 3000.0,
     "ifvd": 200.0,
