@@ -12,11 +12,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from medkd_fast.distiller import Distiller, Term
 
@@ -70,7 +70,7 @@ class DistillationCallback(Callback):
         self.target = labels_of if target is None else target
         self.example = example
         self.distiller: Distiller | None = None
-        self._handles: list[RemovableHandle] = []
+        self._undo = ExitStack()
         self._state: dict[str, torch.Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,12 +87,13 @@ class DistillationCallback(Callback):
             self.terms,
             example=example if isinstance(example, torch.Tensor) else None,
         )
+        self._undo.callback(self.distiller.close)
         pl_module.add_module(SUBMODULE, self.distiller)
-        self._handles = [
-            pl_module.register_state_dict_post_hook(_leave_out),
-            pl_module.register_load_state_dict_post_hook(_not_missing),
-        ]
+        self._undo.callback(delattr, pl_module, SUBMODULE)
+        self._undo.callback(pl_module.register_state_dict_post_hook(_leave_out).remove)
+        self._undo.callback(pl_module.register_load_state_dict_post_hook(_not_missing).remove)
         pl_module.training_step = self._with_distillation(pl_module)  # type: ignore[method-assign]
+        self._undo.callback(delattr, pl_module, "training_step")
         if self._state:
             self.load_state_dict(self._state)
 
@@ -104,15 +105,16 @@ class DistillationCallback(Callback):
         trainer.optimizers[0].param_groups[0]["params"] += left
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self.distiller is None:
-            return
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave()  # there Lightning calls no teardown
+
+    def _leave(self) -> None:
+        """The module is again what it was before the fit, however far `setup` came."""
         self._state = self.state_dict()
-        self.distiller.close()
         self.distiller = None
-        delattr(pl_module, SUBMODULE)
-        del pl_module.__dict__["training_step"]
-        for handle in self._handles:
-            handle.remove()
+        self._undo.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Adapters, projectors and the step of the warm-up."""

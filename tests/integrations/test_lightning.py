@@ -141,13 +141,45 @@ def test_it_trains_as_by_hand(tmp_path: Path) -> None:
     assert_close(run.callback_metrics["kd/cpkd"], kd.log()["cpkd"], 1e-5)
 
 
-def test_the_module_is_as_it_was(tmp_path: Path) -> None:
-    module, _, _ = fitted(tmp_path)
+def assert_as_it_was(module: pl.LightningModule) -> None:
     assert [name for name, _ in module.named_children()] == ["network"]
     assert "training_step" not in vars(module) and type(module).training_step is Module.training_step
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
     assert set(module.state_dict()) == set(Module().state_dict())
     assert not module._state_dict_hooks and not module._load_state_dict_post_hooks
+
+
+def test_the_module_is_as_it_was(tmp_path: Path) -> None:
+    module, _, _ = fitted(tmp_path)
+    assert_as_it_was(module)
+
+
+class Ends(pl.Callback):
+    """Ends the fit in its second step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx) -> None:
+        if batch_idx:
+            raise RuntimeError("the fit ends")
+
+
+def test_the_module_is_as_it_was_after_an_exception(tmp_path: Path) -> None:
+    module, callback = Module(), DistillationCallback(teacher(), terms())
+    run = trainer(tmp_path, callback, epochs=1)
+    run.callbacks.append(Ends())
+    with pytest.raises(RuntimeError, match="the fit ends"):
+        run.fit(module, loader())
+    assert_as_it_was(module)
+    assert callback.state_dict()["step"] == 1
+    trainer(tmp_path, callback, epochs=1).fit(module, loader())
+    assert callback.state_dict()["step"] == 3
+
+
+def test_the_module_is_as_it_was_after_a_setup_that_failed(tmp_path: Path) -> None:
+    module, callback = Module(), DistillationCallback(teacher(), terms())
+    callback.load_state_dict({"losses.0.0.adapter.weight": torch.zeros(6, 5, 1, 1)})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        trainer(tmp_path, callback, epochs=1).fit(module, loader())
+    assert_as_it_was(module)
 
 
 def test_a_checkpoint_loads_without_the_teacher(tmp_path: Path) -> None:
