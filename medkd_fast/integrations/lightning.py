@@ -27,7 +27,7 @@ else:  # the same library under its other name; a trainer takes callbacks of its
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Callback
 
-#: Under this name the distiller is a submodule while it trains, so that it is moved, wrapped and optimised.
+#: Under this name what trains with the module is a submodule of it, so that it is moved, wrapped and optimised.
 SUBMODULE = "distiller"
 #: Keys of a batch that hold its labels.
 LABEL_KEYS = ("label", "labels", "target", "mask")
@@ -88,7 +88,7 @@ class DistillationCallback(Callback):
             example=example if isinstance(example, torch.Tensor) else None,
         )
         self._undo.callback(self.distiller.close)
-        pl_module.add_module(SUBMODULE, self.distiller)
+        pl_module.add_module(SUBMODULE, _Companions(self.distiller))
         self._undo.callback(delattr, pl_module, SUBMODULE)
         self._undo.callback(pl_module.register_state_dict_post_hook(_leave_out).remove)
         self._undo.callback(pl_module.register_load_state_dict_post_hook(_not_missing).remove)
@@ -143,6 +143,25 @@ class DistillationCallback(Callback):
             return output + loss
 
         return step
+
+
+class _Companions(nn.Module):
+    """What of a distiller goes with the module: the adapters and the step of the warm-up; the teachers are moved along.
+
+    The student is not in it: that may be the module which this becomes a submodule of.
+    """
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.losses = distiller.losses
+        self._buffers = distiller._buffers  # the same dictionary: a move puts new tensors into it
+        self._teachers = distiller.teachers
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Companions:
+        for network in self._teachers:
+            network._apply(fn)
+        super()._apply(fn, recurse)
+        return self
 
 
 def labels_of(batch: Any) -> torch.Tensor:

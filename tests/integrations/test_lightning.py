@@ -182,6 +182,19 @@ def test_the_module_is_as_it_was_after_a_setup_that_failed(tmp_path: Path) -> No
     assert_as_it_was(module)
 
 
+def test_the_module_itself_as_the_student(tmp_path: Path) -> None:
+    child, of_child, _ = fitted(tmp_path, precision="64-true")
+    module, kd = Module(), [Term(losses.CPKDLoss(), "network.1", "1", weight=0.5), Term("dkd", weight=0.1, warm_up=4)]
+    callback = DistillationCallback(teacher(), kd, student="")
+    run = trainer(tmp_path, callback, precision="64-true")
+    run.fit(module, loader(), loader())
+    assert_as_it_was(module)
+    for name, p in child.state_dict().items():
+        assert_close(module.state_dict()[name], p, 0, name)
+    for name, value in of_child.state_dict().items():
+        assert_close(callback.state_dict()[name].double(), value.double(), 0, name)
+
+
 def test_a_checkpoint_loads_without_the_teacher(tmp_path: Path) -> None:
     module, _, run = fitted(tmp_path)
     path = Path(run.checkpoint_callback.best_model_path)
