@@ -28,7 +28,7 @@ else:  # the same library under its other name; a trainer takes callbacks of its
     from lightning.pytorch.callbacks import Callback
 
 #: Under this name what trains with the module is a submodule of it, so that it is moved, wrapped and optimised.
-SUBMODULE = "distiller"
+SUBMODULE = "medkd_fast_companions"
 #: Keys of a batch that hold its labels.
 LABEL_KEYS = ("label", "labels", "target", "mask")
 
@@ -79,6 +79,11 @@ class DistillationCallback(Callback):
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "the module optimises by hand, where a callback adds no loss; use medkd_fast.Distiller in it"
+            )
+        if hasattr(pl_module, SUBMODULE):
+            raise ValueError(
+                f"the module has a {SUBMODULE} already, which another DistillationCallback of this trainer makes; give one callback "
+                "all terms, and all teachers, or rename it where it is your own"
             )
         example = pl_module.example_input_array if self.example is None else self.example
         self.distiller = Distiller(

@@ -182,6 +182,16 @@ def test_the_module_is_as_it_was_after_a_setup_that_failed(tmp_path: Path) -> No
     assert_as_it_was(module)
 
 
+def test_a_submodule_called_distiller_stays(tmp_path: Path) -> None:
+    module = Module()
+    module.distiller = its = nn.Linear(1, 1)
+    callback = DistillationCallback(teacher(), terms(), student="network")
+    run = trainer(tmp_path, callback, epochs=1)
+    run.fit(module, loader())
+    assert module.distiller is its
+    assert "distiller.weight" in torch.load(run.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+
+
 def test_the_module_itself_as_the_student(tmp_path: Path) -> None:
     child, of_child, _ = fitted(tmp_path, precision="64-true")
     module, kd = Module(), [Term(losses.CPKDLoss(), "network.1", "1", weight=0.5), Term("dkd", weight=0.1, warm_up=4)]
@@ -317,7 +327,13 @@ def test_messages(tmp_path: Path) -> None:
             super().__init__()
             self.automatic_optimization = False
 
+    class Taken(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.medkd_fast_companions = nn.Identity()
+
     for module, settings, message in (
+        (Taken(), {}, "has a medkd_fast_companions already"),
         (ByHand(), {}, "the module optimises by hand"),
         (Other(), {}, r"2 children with parameters \(network, scale\).*student=\"network\""),
         (Module(), {"terms": [Term("at", "conv")]}, "student: there is no layer 'conv'"),
