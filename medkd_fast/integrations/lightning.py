@@ -82,8 +82,8 @@ class DistillationCallback(Callback):
             )
         if hasattr(pl_module, SUBMODULE):
             raise ValueError(
-                f"the module has a {SUBMODULE} already, which another DistillationCallback of this trainer makes; give one callback "
-                "all terms, and all teachers, or rename it where it is your own"
+                f"the module has a {SUBMODULE} already, made by another DistillationCallback of this trainer; give one callback all "
+                "terms and teachers"
             )
         example = pl_module.example_input_array if self.example is None else self.example
         self.distiller = Distiller(
@@ -97,8 +97,12 @@ class DistillationCallback(Callback):
         self._undo.callback(delattr, pl_module, SUBMODULE)
         self._undo.callback(pl_module.register_state_dict_post_hook(_leave_out).remove)
         self._undo.callback(pl_module.register_load_state_dict_post_hook(_not_missing).remove)
+        own = vars(pl_module).get("training_step")  # beside that of its class: the user's, or a compiled one
         pl_module.training_step = self._with_distillation(pl_module)  # type: ignore[method-assign]
-        self._undo.callback(delattr, pl_module, "training_step")
+        if own is None:
+            self._undo.callback(delattr, pl_module, "training_step")
+        else:
+            self._undo.callback(setattr, pl_module, "training_step", own)
         if self._state:
             self.load_state_dict(self._state)
 

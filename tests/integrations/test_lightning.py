@@ -192,6 +192,20 @@ def test_a_submodule_called_distiller_stays(tmp_path: Path) -> None:
     assert "distiller.weight" in torch.load(run.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
 
 
+def test_a_training_step_of_the_instance_stays(tmp_path: Path) -> None:
+    module = Module()
+    of_class, calls = module.training_step, []
+
+    def own(batch, batch_idx):
+        calls.append(batch_idx)
+        return of_class(batch, batch_idx)
+
+    module.training_step = own
+    _, callback, _ = fitted(tmp_path, epochs=1, module=module)
+    assert vars(module)["training_step"] is own
+    assert calls == [0, 1] and callback.state_dict()["step"] == 2
+
+
 def test_the_module_itself_as_the_student(tmp_path: Path) -> None:
     child, of_child, _ = fitted(tmp_path, precision="64-true")
     module, kd = Module(), [Term(losses.CPKDLoss(), "network.1", "1", weight=0.5), Term("dkd", weight=0.1, warm_up=4)]
