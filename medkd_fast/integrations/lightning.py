@@ -48,7 +48,8 @@ class DistillationCallback(Callback):
     Every term is logged as "kd/<name>".
 
     Raises, when the fit begins:
-        ValueError: the student cannot be told, or a layer does not exist, or the module optimises by hand.
+        ValueError: the student cannot be told, or a layer does not exist, or the module optimises by hand, or has no
+            optimiser for the adapters.
 
     >>> callback = DistillationCallback(nn.Conv2d(1, 3, 1), [Term("dkd", weight=0.1)], student="network")
     >>> callback.state_dict()
@@ -109,9 +110,16 @@ class DistillationCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What `configure_optimizers` did not take, because it named its parameters, goes to the first optimiser."""
         assert self.distiller is not None
-        taken = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        taken = {id(p) for group in groups for p in group["params"]}
         left = [p for p in self.distiller.losses.parameters() if id(p) not in taken]
-        trainer.optimizers[0].param_groups[0]["params"] += left
+        if left and not groups:
+            raise ValueError(
+                "configure_optimizers: got no optimiser, and the terms have adapters, which train; return one there, or compare "
+                "layers of as many channels as the teacher's"
+            )
+        if left:
+            groups[0]["params"] += left
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave()

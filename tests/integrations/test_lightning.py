@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*"),
+    pytest.mark.filterwarnings("ignore:.*configure_optimizers` returned `None`.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
 ]
 CLASSES = 3
@@ -341,12 +342,17 @@ def test_messages(tmp_path: Path) -> None:
             super().__init__()
             self.automatic_optimization = False
 
+    class WithoutOptimiser(Module):
+        def configure_optimizers(self) -> None:
+            return None
+
     class Taken(Module):
         def __init__(self) -> None:
             super().__init__()
             self.medkd_fast_companions = nn.Identity()
 
     for module, settings, message in (
+        (WithoutOptimiser(), {}, "configure_optimizers: got no optimiser"),
         (Taken(), {}, "has a medkd_fast_companions already"),
         (ByHand(), {}, "the module optimises by hand"),
         (Other(), {}, r"2 children with parameters \(network, scale\).*student=\"network\""),
@@ -358,6 +364,9 @@ def test_messages(tmp_path: Path) -> None:
             TypeError if message is None else ValueError, match=message or "this loss needs them|target"
         ):
             trainer(tmp_path, callback, epochs=1).fit(module, loader())
+    module = WithoutOptimiser()
+    trainer(tmp_path, DistillationCallback(teacher(), [Term("dkd")]), epochs=1).fit(module, loader())
+    assert_close(module.network[0].weight, Module().network[0].weight, 0)
     with pytest.raises(TypeError, match="labels of a batch: got dict with x, y; pass target="):
         callback = DistillationCallback(teacher(), terms(), student="network")
         trainer(tmp_path, callback, epochs=1).fit(Other(), DataLoader([{"x": x, "y": y} for x, y in loader()], None))
