@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ class DistillationCallback(Callback):
         self.distiller: Distiller | None = None
         self._undo = ExitStack()
         self._state: dict[str, torch.Tensor] = {}
+        self._trained: weakref.ref[LightningModule] | None = None  # whose the state is; None where it was loaded
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -104,6 +106,8 @@ class DistillationCallback(Callback):
             self._undo.callback(delattr, pl_module, "training_step")
         else:
             self._undo.callback(setattr, pl_module, "training_step", own)
+        if self._trained is not None and self._trained() is not pl_module:
+            self._state = {}
         if self._state:
             self.load_state_dict(self._state)
 
@@ -122,16 +126,20 @@ class DistillationCallback(Callback):
             groups[0]["params"] += left
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
+        self._leave(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()  # there Lightning calls no teardown
+        self._leave(pl_module)  # there Lightning calls no teardown
 
-    def _leave(self) -> None:
+    def _leave(self, pl_module: LightningModule) -> None:
         """The module is again what it was before the fit, however far `setup` came."""
-        self._state = self.state_dict()
-        self.distiller = None
+        if self.distiller is not None:
+            self._state, self._trained = self.state_dict(), weakref.ref(pl_module)
+            self.distiller = None
         self._undo.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trained": None}  # a weak reference cannot be pickled
 
     def state_dict(self) -> dict[str, Any]:
         """Adapters, projectors and the step of the warm-up."""
@@ -140,7 +148,7 @@ class DistillationCallback(Callback):
         return {name: x for name, x in self.distiller.state_dict().items() if not name.startswith("student.")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = dict(state_dict)
+        self._state, self._trained = dict(state_dict), None
         if self.distiller is not None:
             self.distiller.load_state_dict(self._state, strict=False)  # the student's come with the module
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import socket
 from pathlib import Path
 
@@ -250,6 +251,15 @@ def test_a_second_fit_goes_on_with_its_adapters(tmp_path: Path) -> None:
     assert callback.state_dict()["step"] == 5
     moved = (callback.state_dict()["losses.0.0.adapter.weight"] - before["losses.0.0.adapter.weight"]).norm()
     assert 0 < moved < 0.1 * before["losses.0.0.adapter.weight"].norm()
+
+
+def test_another_module_begins_with_adapters_of_its_own(tmp_path: Path) -> None:
+    _, callback, _ = fitted(tmp_path, epochs=1)
+    trainer(tmp_path, callback, epochs=1).fit(Module(width=5), loader())
+    assert callback.state_dict()["losses.0.0.adapter.weight"].shape[:2] == (6, 5) and callback.state_dict()["step"] == 2
+    again = pickle.loads(pickle.dumps(callback))
+    trainer(tmp_path, again, epochs=1).fit(Module(width=5), loader())  # as in another process: what was saved goes on
+    assert again.state_dict()["step"] == 4
 
 
 def test_other_habits(tmp_path: Path) -> None:
