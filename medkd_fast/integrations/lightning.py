@@ -32,6 +32,11 @@ else:  # the same library under its other name; a trainer takes callbacks of its
 SUBMODULE = "medkd_fast_companions"
 #: Keys of a batch that hold its labels.
 LABEL_KEYS = ("label", "labels", "target", "mask")
+#: What may be wrong where a network is not found.
+TOO_LATE = (
+    "one that the module's setup or configure_model makes is made too late, after the callbacks are set up: make it in __init__, "
+    "or call configure_model before the fit"
+)
 
 
 class DistillationCallback(Callback):
@@ -210,12 +215,16 @@ def labels_of(batch: Any) -> torch.Tensor:
 
 def _student(pl_module: LightningModule, name: str | None) -> nn.Module:
     if name is not None:
-        return pl_module.get_submodule(name)
+        try:
+            return pl_module.get_submodule(name)
+        except AttributeError as error:
+            found = ", ".join(name for name, _ in pl_module.named_children())
+            raise ValueError(f"student: there is no {name!r} among {found or 'no children'}; {TOO_LATE}") from error
     children = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
     if len(children) != 1:
         raise ValueError(
             f"student: the module has {len(children)} children with parameters ({', '.join(children) or 'none'}); "
-            'name the network to distil into: student="network"'
+            + ('name the network to distil into: student="network"' if children else TOO_LATE)
         )
     return pl_module.get_submodule(children[0])
 

@@ -356,6 +356,12 @@ def test_messages(tmp_path: Path) -> None:
         def configure_optimizers(self) -> None:
             return None
 
+    class MadeLate(pl.LightningModule):
+        training_step, configure_optimizers = Module.training_step, Module.configure_optimizers
+
+        def setup(self, stage: str) -> None:
+            self.network = network(4)
+
     class Taken(Module):
         def __init__(self) -> None:
             super().__init__()
@@ -363,6 +369,13 @@ def test_messages(tmp_path: Path) -> None:
 
     for module, settings, message in (
         (WithoutOptimiser(), {}, "configure_optimizers: got no optimiser"),
+        (
+            MadeLate(),
+            {"student": "network"},
+            "there is no 'network' among no children; one that the module's setup.*__init__",
+        ),
+        (Other(), {"student": "net"}, "there is no 'net' among network, scale"),
+        (MadeLate(), {}, r"0 children with parameters \(none\); one that the module's setup"),
         (Taken(), {}, "has a medkd_fast_companions already"),
         (ByHand(), {}, "the module optimises by hand"),
         (Other(), {}, r"2 children with parameters \(network, scale\).*student=\"network\""),
