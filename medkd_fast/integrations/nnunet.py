@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -201,7 +202,7 @@ def parse_terms(text: str) -> list[Term]:
         try:
             for part in rest:
                 if "=" in part:
-                    pairs = (pair.split("=") for pair in part.split(","))
+                    pairs = (pair.split("=") for pair in re.split(r",(?=\w+=)", part))  # values have commas too
                     settings |= {key: ast.literal_eval(value) for key, value in pairs}
                 else:
                     weight = float(part)

@@ -230,6 +230,11 @@ def test_wrong_loss(text: str, said: str) -> None:
         integration.make_loss(integration.parse_terms(text)[0], heads=3, has_regions=True)
 
 
+def test_a_setting_may_be_a_sequence() -> None:
+    (term,) = integration.parse_terms("sdd:2:scales=(1,2,4),temperature=3")
+    assert (term.weight, term.settings) == (2.0, {"scales": (1, 2, 4), "temperature": 3})
+
+
 def test_regions_take_the_losses_of_sigmoid_heads() -> None:
     (term,) = integration.parse_terms("kd:2:temperature=3")
     loss = integration.make_loss(term, heads=2, has_regions=True)
