@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medkd_fast.training.content import content_of
 from medkd_fast.training.data.dataset import IGNORE, Dataset, open_dataset
 from medkd_fast.training.data.prepare import Volume, prepare
 from medkd_fast.training.errors import WrongUse
@@ -159,6 +160,11 @@ def best_device() -> str:
 
 
 def _is_own(trained: Trained, dataset: Dataset) -> bool:
-    """Whether a data set holds the very cases that a network's split names."""
+    """Whether a data set holds the very cases that a network's split names: it lies where theirs lay, or its files say so."""
     split = trained.split
-    return {*split.train, *split.validation, *split.test} <= {c.name for c in dataset.cases}
+    names = {*split.train, *split.validation, *split.test}
+    if not names <= {c.name for c in dataset.cases}:
+        return False
+    return dataset.root.resolve() == Path(trained.config.data).resolve() or (
+        trained.content is not None and content_of(dataset, sorted(names)) == trained.content
+    )

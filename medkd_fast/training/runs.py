@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import platform
 import shutil
 import signal
@@ -46,7 +47,9 @@ from medkd_fast.training.checkpoints import (
     read_checkpoint,
 )
 from medkd_fast.training.config import PRECISIONS, RunConfig, read_yaml, write_yaml
+from medkd_fast.training.content import content_of
 from medkd_fast.training.data.dataset import Dataset, open_dataset
+from medkd_fast.training.data.layouts import BUILT_IN
 from medkd_fast.training.data.prepare import Preprocessing, Volume, plan, prepare
 from medkd_fast.training.data.sampling import train_loader
 from medkd_fast.training.data.split import Split, split_by_patient
@@ -61,8 +64,8 @@ from medkd_fast.training.teacher_cache import record_teacher
 LARGEST_PATCH = {2: 256, 3: 96}  # along an axis, where nobody asked for another
 PATCH_MULTIPLE = 16  # what U-Nets of five levels take
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-# what may differ when a run goes on: the teacher counts by its contents, the others do not change what is computed
-_MAY_DIFFER = {"teacher", "workers", "strategy", "accelerator", "compile"}
+# what may differ when a run goes on: data and teacher count by their contents, the others do not change what is computed
+_MAY_DIFFER = {"data", "teacher", "workers", "strategy", "accelerator", "compile"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class RunFolder:
 class Trained:
     """A trained network and what it needs to be used: in eval mode, on the CPU.
 
-    config: with every choice made. classes: {1..K: name}. name: of the run's folder, or of the checkpoint. epochs: trained.
+    config: with every choice made. classes: {1..K: name}. content: digests of the split's cases, by `content_of`; None in
+    older runs. name: of the run's folder, or of the checkpoint. epochs: trained.
     """
 
     network: nn.Module
@@ -109,6 +113,7 @@ class Trained:
     classes: dict[int, str]
     channels: tuple[str, ...]
     split: Split
+    content: dict[str, str] | None
     ignore_label: int | None
     name: str
     checkpoint: Path
@@ -136,11 +141,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with every choice made, before any training: `config` says them; volumes are those of train and validation."""
+    """A run with every choice made, before any training: `config` says them; volumes are those of train and validation.
+
+    content: digests of the split's cases, by `content_of`.
+    """
 
     config: RunConfig
     dataset: Dataset
     split: Split
+    content: dict[str, str]
     volumes: Mapping[str, Volume]
     network: nn.Module
     teacher: Trained | None
@@ -198,6 +207,8 @@ def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
     if folder.finished.exists() and resume:
         return out
     found = newest_good(folder.checkpoints) if resume else None
+    if found:
+        check_content(run, found[1])
     module = build_module(run)
     module.compile_network(run.config.compile)
     data = Batches(run)
@@ -247,7 +258,7 @@ def plan_run(config: RunConfig) -> Plan:
         seed=config.seed,
     )
     surveys = [check_network(network, config.network, shape, num_classes)]
-    changes: dict[str, Any] = {"preprocessing": preprocessing, "patch": patch}
+    changes: dict[str, Any] = {"data": _lasting(config), "preprocessing": preprocessing, "patch": patch}
     if teacher:
         check_teacher(teacher, dataset, preprocessing)
         surveys.append(check_network(teacher.network, teacher.config.network, shape, num_classes, training=False))
@@ -255,7 +266,8 @@ def plan_run(config: RunConfig) -> Plan:
     config = config.resolved(**changes)
     if config.cache_teacher:
         _check_cacheable(config)
-    return Plan(config, dataset, split, volumes, network, teacher, tuple(surveys))
+    content = content_of(dataset, [*split.train, *split.validation, *split.test])
+    return Plan(config, dataset, split, content, volumes, network, teacher, tuple(surveys))
 
 
 def build_module(run: Plan) -> SegmentationModule:
@@ -286,6 +298,7 @@ def build_module(run: Plan) -> SegmentationModule:
             "classes": dict(run.dataset.classes),
             "channels": list(run.dataset.channels),
             "split": {k: list(v) for k, v in asdict(run.split).items()},
+            "content": run.content,
             "ignore_label": run.dataset.ignore_label,
         },
     )
@@ -338,6 +351,7 @@ def load_run(path: Path) -> Trained:
         classes=classes,
         channels=tuple(about["channels"]),
         split=Split(**{k: tuple(v) for k, v in about["split"].items()}),
+        content=about.get("content"),
         ignore_label=about["ignore_label"],
         name=path.name if path.is_dir() else path.stem,
         checkpoint=checkpoint,
@@ -392,6 +406,17 @@ def write_folder(run: Plan, folder: RunFolder) -> None:
         raise WrongUse(
             f"{folder.path} cannot be written ({error.strerror}): make room or choose another --out"
         ) from error
+
+
+def check_content(run: Plan, checkpoint: Mapping[str, Any]) -> None:
+    """Raises WrongUse where the files of a case are no longer those that a checkpoint was trained with."""
+    known = checkpoint[CHECKPOINT_KEY].get("content") or run.content  # older checkpoints do not say
+    changed = [name for name, content in run.content.items() if known.get(name) != content]
+    if changed:
+        raise WrongUse(
+            f"{run.config.data} has changed since the run began ({', '.join(changed[:8])}{', ...' if changed[8:] else ''}): "
+            "bring its files back, or choose another --out"
+        )
 
 
 def check_teacher(teacher: Trained, dataset: Dataset, preprocessing: Preprocessing) -> None:
@@ -464,6 +489,12 @@ class Patience(EarlyStopping):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.wait_count >= self.patience:
             trainer.should_stop = True
+
+
+def _lasting(config: RunConfig) -> str:
+    """The data set's name as it is understood in any folder."""
+    built_in = str(config.data) in BUILT_IN and config.layout is None
+    return str(config.data) if built_in else os.path.abspath(config.data)
 
 
 def _asked(given: Preprocessing | Mapping[str, Any], dataset: Dataset, teacher: Trained | None) -> Preprocessing:

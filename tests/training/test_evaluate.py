@@ -178,6 +178,18 @@ def test_the_command(teacher, small_csv, tmp_path, capsys):
     assert "unknown split 'tset': choose from test, validation, train, all" in capsys.readouterr().err
 
 
+def test_other_data_with_the_same_names_are_not_the_runs_own(teacher, small_csv, tmp_path, capsys):
+    run = Path(shutil.copytree(teacher, tmp_path / "run"))
+    other = Path(shutil.copytree(Path(small_csv).parent, tmp_path / "other"))
+    moved = Path(shutil.copytree(other, tmp_path / "moved"))
+    shutil.copy(other / "image0.nii.gz", other / "image1.nii.gz")
+    assert main(["evaluate", str(run), str(other / "small.csv"), "--split", "all"]) == 0
+    assert main(["evaluate", str(run), str(other / "small.csv")]) == 0
+    assert {p.name for p in run.glob("scores*.json")} == {"scores-small-all.json", "scores-small-test.json"}
+    assert main(["evaluate", str(run), str(moved / "small.csv")]) == 0  # the same files elsewhere
+    assert (run / "scores.json").exists()
+
+
 def test_other_data_must_have_the_same_classes_and_channels(teacher, dataset):
     trained = load_run(teacher)
     assert cases_of(trained, dataset, "test") == ("case4", "case5")

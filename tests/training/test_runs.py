@@ -310,6 +310,23 @@ def test_a_moved_run_keeps_its_best(tmp_path, config):
     assert (state(folder.best)["epoch"], state(folder.last)["epoch"]) == (0, 1)
 
 
+def test_a_run_goes_on_with_its_data_under_another_name_and_with_no_others(tmp_path, config, small_csv, monkeypatch):
+    data = Path(shutil.copytree(Path(small_csv).parent, tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    config = config.resolved(data="data/small.csv", epochs=1, steps=1)
+    out = fit(config, tmp_path / "run")
+    assert load_run(out).config.data == str(data / "small.csv")
+    RunFolder(out).finished.unlink()
+    os.replace(data, tmp_path / "moved")
+    moved = config.resolved(data=str(tmp_path / "moved" / "small.csv"))
+    fit(moved, out, resume=True)
+    assert RunFolder(out).finished.exists()
+    RunFolder(out).finished.unlink()
+    shutil.copy(tmp_path / "moved" / "label0.nii.gz", tmp_path / "moved" / "label4.nii.gz")
+    with pytest.raises(WrongUse, match=r"small.csv has changed since the run began \(case4\): bring its files back"):
+        fit(moved, out, resume=True)
+
+
 def test_patience_stops_early(tmp_path, config):
     # a learning rate of 0: no epoch is better than the first
     config, folder = config.resolved(epochs=9, steps=1, learning_rate=0.0, patience=2), RunFolder(tmp_path / "run")
