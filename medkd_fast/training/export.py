@@ -21,9 +21,9 @@ from medkd_fast.training.data.dataset import open_dataset
 from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import write_atomically, write_json
-from medkd_fast.training.finish import cases_of, check_data
+from medkd_fast.training.finish import cases_of
 from medkd_fast.training.inference import predict_logits
-from medkd_fast.training.runs import load_run
+from medkd_fast.training.runs import check_data, load_run
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 INPUT, OUTPUT = "image", "logits"

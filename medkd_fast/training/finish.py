@@ -17,7 +17,7 @@ from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import Evaluation, evaluate
 from medkd_fast.training.networks import multiply_accumulates, parameter_count
 from medkd_fast.training.pictures import Row, curves_figure, overlay_figure, save_png
-from medkd_fast.training.runs import Trained, load_run
+from medkd_fast.training.runs import Trained, check_data, load_run
 from medkd_fast.training.tables import Entry, caveats, print_scores
 
 SIDES = ("test", "validation", "train", "all")
@@ -100,19 +100,6 @@ def cases_of(trained: Trained, dataset: Dataset, side: str) -> tuple[str, ...]:
     if not names:
         raise WrongUse(f"{dataset.name} has no labelled {side} cases: choose another --split ({', '.join(SIDES)})")
     return names
-
-
-def check_data(trained: Trained, dataset: Dataset) -> None:
-    """Raises WrongUse where a data set has other classes or another number of channels than a network was trained for."""
-    for what, known, found in (
-        ("classes", list(trained.classes.values()), list(dataset.classes.values())),
-        ("channels", list(trained.channels), list(dataset.channels)),
-    ):
-        if known != found and (what == "classes" or len(known) != len(found)):
-            raise WrongUse(
-                f"{trained.name} was trained for the {what} {', '.join(known)}, {dataset.name} has {', '.join(found)}: "
-                "they must agree"
-            )
 
 
 def about(trained: Trained, dataset: Dataset, side: str) -> dict[str, Any]:

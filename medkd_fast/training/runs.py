@@ -419,18 +419,27 @@ def check_content(run: Plan, checkpoint: Mapping[str, Any]) -> None:
         )
 
 
+def check_data(trained: Trained, dataset: Dataset) -> None:
+    """Raises WrongUse where a data set has other classes or another number of channels than a network was trained for."""
+    for what, known, found in (
+        ("classes", list(trained.classes.values()), list(dataset.classes.values())),
+        ("channels", list(trained.channels), list(dataset.channels)),
+    ):
+        if known != found and (what == "classes" or len(known) != len(found)):
+            raise WrongUse(
+                f"{trained.name} was trained for the {what} {', '.join(known)}, {dataset.name} has {', '.join(found)}: "
+                "they must agree"
+            )
+
+
 def check_teacher(teacher: Trained, dataset: Dataset, preprocessing: Preprocessing) -> None:
     """Raises WrongUse for a teacher that cannot teach on this data."""
-    for what, of_teacher, of_data in (
-        ("classes", list(teacher.classes.values()), list(dataset.classes.values())),
-        ("channels", list(teacher.channels), list(dataset.channels)),
-        ("dims", [teacher.dims], [preprocessing.dims]),
-    ):
-        if len(of_teacher) != len(of_data) or what == "dims" and of_teacher != of_data:
-            raise WrongUse(
-                f"the teacher {teacher.checkpoint} has {what} {', '.join(map(str, of_teacher))}, the student's data "
-                f"{', '.join(map(str, of_data))}: they must agree"
-            )
+    check_data(teacher, dataset)
+    if teacher.dims != preprocessing.dims:
+        raise WrongUse(
+            f"the teacher {teacher.checkpoint} has dims {teacher.dims}, the student's data {preprocessing.dims}: "
+            "they must agree"
+        )
 
 
 def default_patch(volumes: Sequence[Volume], dims: int) -> tuple[int, ...]:

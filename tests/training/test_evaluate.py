@@ -22,9 +22,9 @@ from medkd_fast.training.data.prepare import plan, prepare
 from medkd_fast.training.data.settings import Preprocessing
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import Evaluation, evaluate, on_source
-from medkd_fast.training.finish import cases_of, check_data
+from medkd_fast.training.finish import cases_of
 from medkd_fast.training.metrics import Scores, segmentation_scores
-from medkd_fast.training.runs import load_run
+from medkd_fast.training.runs import check_data, load_run
 
 LEVELS = (0.0, 0.7, 9.0, 0.5, 1.0)  # of the small data's classes; nothing is as bright as the gallbladder
 

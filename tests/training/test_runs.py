@@ -441,8 +441,13 @@ def test_a_teacher_that_cannot_teach(tmp_path, config, teacher):
     weight = content["state_dict"]["model.conv_0.conv_0.conv.weight"]
     content["state_dict"]["model.conv_0.conv_0.conv.weight"] = torch.cat([weight, weight], 1)
     torch.save(content, tmp_path / "two.ckpt")
-    with pytest.raises(WrongUse, match="has channels T1, T2, the student's data .*: they must agree"):
+    with pytest.raises(WrongUse, match="two was trained for the channels T1, T2, small has .*: they must agree"):
         plan_run(config.resolved(losses=("kd",), teacher=str(tmp_path / "two.ckpt")))
+    content = state(RunFolder(teacher).last)
+    content["medkd_fast"]["classes"] = {1: "liver", 2: "gallbladder", 3: "spleen", 4: "aorta"}
+    torch.save(content, tmp_path / "turned.ckpt")
+    with pytest.raises(WrongUse, match="turned was trained for the classes liver, .*, small has spleen, .*: they must"):
+        plan_run(config.resolved(losses=("kd",), teacher=str(tmp_path / "turned.ckpt")))
     with pytest.raises(WrongUse, match=r"has dims 2, the student's data 3"):
         plan_run(config.resolved(losses=("kd",), teacher=str(teacher), preprocessing={"dims": 3}, patch=(16, 32, 32)))
 
