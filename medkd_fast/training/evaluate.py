@@ -23,7 +23,7 @@ from medkd_fast.training.data.geometry import Geometry
 from medkd_fast.training.data.prepare import Volume, source_label, to_source
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import write_csv, write_json
-from medkd_fast.training.inference import predict_logits
+from medkd_fast.training.inference import check_logits, predict_logits
 from medkd_fast.training.metrics import (
     Scores,
     Summary,
@@ -114,7 +114,8 @@ def evaluate(
     patch: (H, W) of a network that takes slices, (D, H, W) of one that takes patches. seen: gets the first three
     predictions on the volumes' own grid, [D, H, W] uint8, for pictures.
 
-    Raises WrongUse for an unknown protocol, for no volume at all and for a case without a label.
+    Raises WrongUse for an unknown protocol, for no volume at all, for a case without a label and for logits that are no
+    numbers.
     """
     if protocol not in PROTOCOLS:
         raise WrongUse(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
@@ -127,6 +128,7 @@ def evaluate(
         if case.label is None:
             raise WrongUse(f"case {name} of {dataset.name} has no label to score against: predict it instead")
         logits = predict_logits(network, volume.image, dims=len(patch), patch=patch, device=device)
+        check_logits(logits, name)
         if seen is not None and len(seen) < 3:
             seen[name] = logits.argmax(0).to(torch.uint8)
         prediction, label, spacing = on_source(logits, volume, dataset, case)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medkd_fast.layers import finest
 from medkd_fast.training.bars import track
+from medkd_fast.training.errors import WrongUse
 
 Network = Callable[[Tensor], Tensor]
 
@@ -63,3 +64,12 @@ def predict_logits(
     # a few slices at a time: all of them at once would hold every window of the volume
     slices = image.transpose(0, 1).split(batch_size)  # [batch_size, C, H, W] each
     return torch.cat([window(s, logits) for s in track(slices, "slices", show=progress)]).transpose(0, 1)
+
+
+def check_logits(logits: Tensor, case: str) -> None:
+    """Raises WrongUse where a network answered with what is no finite number: its largest class would be any."""
+    if not logits.isfinite().all():
+        raise WrongUse(
+            f"the network's logits of case {case} are no finite numbers: its weights have diverged, or the image's "
+            "values are far from those of the training data"
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medkd_fast.distiller import Distiller
 from medkd_fast.processes import all_reduce
 from medkd_fast.training.data.prepare import Volume
+from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.metrics import mean_without_nan
 from medkd_fast.training.networks import all_outputs
@@ -57,6 +58,7 @@ class SegmentationModule(pl.LightningModule):
         # of outputs at several scales the finest weighs 1, each coarser one half as much
         self.task_loss = DeepSupervisionLoss(DiceCE(num_classes, ignore_label))
         self._counts = torch.zeros(0)
+        self._some_finite = torch.zeros((), dtype=torch.bool)
 
     @property
     def network(self) -> nn.Module:
@@ -90,12 +92,30 @@ class SegmentationModule(pl.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         loss, parts = self.losses(batch)
+        self._some_finite = self._some_finite | loss.detach().isfinite()
         self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True)
         return loss
 
     def on_train_epoch_start(self) -> None:
         # dropout draws the same numbers in an epoch that a killed run begins again
         torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 4099 + self.global_rank)
+        self._some_finite = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """Raises WrongUse after an epoch that diverged, before it is validated and kept.
+
+        Single steps may overflow in float16: their weights stay as they were.
+        """
+        if not self.trainer.is_last_batch:
+            return
+        some = self.trainer.strategy.reduce(self._some_finite.int(), reduce_op="max")
+        values = [*self.network.parameters(), *self.network.buffers()]
+        finite = torch.stack([v.isfinite().all() for v in values]).all() & some.bool()
+        if not self.trainer.strategy.reduce(finite.int(), reduce_op="min"):
+            raise WrongUse(
+                f"training has diverged: after epoch {self.current_epoch + 1} the weights or losses are no finite numbers; "
+                "choose a lower --learning-rate or --precision 32; what was kept is of the epoch before"
+            )
 
     def on_validation_epoch_start(self) -> None:
         self._counts = torch.zeros(len(self.volumes), 3, self.num_classes, dtype=torch.int64)

@@ -16,7 +16,7 @@ from medkd_fast.training.data.prepare import prepare_case, to_source
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, sha256, write_atomically, write_json
 from medkd_fast.training.finish import best_device
-from medkd_fast.training.inference import predict_logits
+from medkd_fast.training.inference import check_logits, predict_logits
 from medkd_fast.training.runs import Trained, load_run
 
 IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
@@ -75,6 +75,7 @@ def predict_case(trained: Trained, case: Case, *, device: str = "cpu", progress:
     logits = predict_logits(
         trained.network, volume.image, dims=trained.dims, patch=trained.patch, device=device, progress=progress
     )
+    check_logits(logits, case.name)
     return to_source(logits, volume)
 
 

@@ -32,13 +32,13 @@ LEVELS = (0.0, 0.7, 9.0, 0.5, 1.0)  # of the small data's classes; nothing is as
 class Oracle(nn.Module):
     """Knows the small data: the class whose intensity is nearest; moved by `shift` columns."""
 
-    def __init__(self, shift: int = 0) -> None:
+    def __init__(self, shift: int = 0, scale: float = 20.0) -> None:
         super().__init__()
-        self.shift = shift
+        self.shift, self.scale = shift, scale
 
     def forward(self, image: Tensor) -> Tensor:
         levels = torch.tensor(LEVELS).view(1, -1, *[1] * (image.dim() - 2))
-        return -(image.roll(self.shift, -1) - levels).abs() * 20
+        return -(image.roll(self.shift, -1) - levels).abs() * self.scale
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,8 @@ def test_wrong_use(dataset):
         evaluate(Oracle(), dataset, volumes, patch=(32, 32), protocol="cm")
     with pytest.raises(WrongUse, match="no case to score"):
         evaluate(Oracle(), dataset, {}, patch=(32, 32))
+    with pytest.raises(WrongUse, match="logits of case case4 are no finite numbers"):
+        evaluate(Oracle(scale=float("nan")), dataset, volumes, patch=(32, 32))
     unlabelled = replace(dataset, cases=(replace(dataset.case("case4"), label=None),))
     with pytest.raises(WrongUse, match="case4 of small has no label to score against"):
         evaluate(Oracle(), unlabelled, volumes, patch=(32, 32))

@@ -67,6 +67,14 @@ def test_a_prediction_lies_where_its_image_lies(teacher, tmp_path, direction):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(found), block().astype(np.uint8) * 3)
 
 
+def test_logits_that_are_no_numbers_are_no_prediction(teacher, tmp_path):
+    sitk.WriteImage(image_of(block()), str(tmp_path / "a.nrrd"))
+    trained = load_run(teacher)
+    torch.nn.init.constant_(trained.network.final_conv.bias, float("nan"))
+    with pytest.raises(WrongUse, match="logits of case a are no finite numbers: its weights have diverged"):
+        predict_case(trained, Case("a", "a", (tmp_path / "a.nrrd",)))
+
+
 def test_a_folder_one_bad_file_and_once_more(teacher, tmp_path, capfd):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()

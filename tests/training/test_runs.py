@@ -25,6 +25,7 @@ from medkd_fast.training.data.dataset import open_dataset
 from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import evaluate
+from medkd_fast.training.module import SegmentationModule
 from medkd_fast.training.networks import build_network, parameter_count
 from medkd_fast.training.pictures import read_curve
 from medkd_fast.training.runs import RunFolder, default_patch, fit, load_run, plan_run
@@ -450,6 +451,38 @@ def test_a_teacher_that_cannot_teach(tmp_path, config, teacher):
         plan_run(config.resolved(losses=("kd",), teacher=str(tmp_path / "turned.ckpt")))
     with pytest.raises(WrongUse, match=r"has dims 2, the student's data 3"):
         plan_run(config.resolved(losses=("kd",), teacher=str(teacher), preprocessing={"dims": 3}, patch=(16, 32, 32)))
+
+
+def test_a_run_that_diverges_is_told_and_keeps_the_epoch_before(tmp_path, config, monkeypatch):
+    config, folder = config.resolved(epochs=3, steps=3), RunFolder(tmp_path / "run")
+    losses, calls = SegmentationModule.losses, []
+
+    def diverging(self, batch):
+        loss, parts = losses(self, batch)
+        calls.append(0)
+        return loss * (float("nan") if len(calls) == 5 else 1), parts
+
+    monkeypatch.setattr(SegmentationModule, "losses", diverging)
+    with pytest.raises(
+        WrongUse, match="training has diverged: after epoch 2 the weights or losses are no finite numbers"
+    ):
+        fit(config, folder.path)
+    assert state(folder.last)["epoch"] == state(folder.best)["epoch"] == 0 and not folder.finished.exists()
+    assert all(v.isfinite().all() for v in state(folder.last)["state_dict"].values())
+
+
+def test_losses_that_are_no_numbers_in_every_step_are_told_though_the_weights_stay(tmp_path, config, monkeypatch):
+    """As where float16 overflows in every forward and its scaler skips every step."""
+    losses = SegmentationModule.losses
+
+    def skipped(self, batch):
+        loss, parts = losses(self, batch)
+        return loss.detach() * float("nan") + 0 * self.network.final_conv.bias.sum(), parts
+
+    monkeypatch.setattr(SegmentationModule, "losses", skipped)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure: closure())
+    with pytest.raises(WrongUse, match="after epoch 1 the weights or losses are no finite numbers"):
+        fit(config.resolved(epochs=1, steps=1), tmp_path / "run")
 
 
 def test_what_this_machine_cannot_do(tmp_path, config):
