@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from medkd_fast.training.data.settings import Preprocessing
-from medkd_fast.training.data.split import FRACTIONS
 from medkd_fast.training.distillation import LossTerm, check_terms
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import write_atomically
@@ -26,8 +25,8 @@ class RunConfig:
     data, layout: for `open_dataset`. network, network_args: for `build_network`.
     preprocessing: what was asked for, as a mapping; in a run's folder and in `Trained` a `Preprocessing` with every choice
         made. patch: spatial size of what is trained on; None is chosen from the volumes.
-    fractions, split_seed: how patients are shared out, where the data set brings no split. The seed is not the run's:
-        runs with several seeds are tested on the same patients.
+    fractions, split_seed: how patients are shared out, where the data set brings no split; None takes the teacher's, else
+        0.7, 0.1, 0.2 and 0. The seed is not the run's: runs with several seeds are tested on the same patients.
     An epoch is `steps` optimiser steps of `batch_size` slices or patches a process. patience: epochs without a better
         validation Dice before training stops. precision: "32", "bf16" or "fp16".
     teacher: a run's folder or a checkpoint. losses: none without a teacher. cache_teacher: take the teacher's logits of the
@@ -42,8 +41,8 @@ class RunConfig:
     network_args: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | Mapping[str, Any] = field(default_factory=dict)
     patch: tuple[int, ...] | None = None
-    fractions: tuple[float, float, float] = FRACTIONS
-    split_seed: int = 0
+    fractions: tuple[float, float, float] | None = None
+    split_seed: int | None = None
     epochs: int = 100
     steps: int = 50
     batch_size: int = 4

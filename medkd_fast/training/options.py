@@ -37,7 +37,9 @@ Size = Annotated[_Text, _option("Rows,columns to which every slice is resampled,
 Intensity = Annotated[
     _Text, _option("window, percentile, zscore or none, one a channel.", "window for CT, else zscore")
 ]
-Fractions = Annotated[_Text, _option("Shares of the patients for train,validation,test.", "0.7,0.1,0.2")]
+Fractions = Annotated[
+    _Text, _option("Shares of the patients for train,validation,test.", "the teacher's, else 0.7,0.1,0.2")
+]
 Epochs = Annotated[_Int, _option("Epochs of --steps steps.", "100")]
 Steps = Annotated[_Int, _option("Optimiser steps an epoch.", "50")]
 BatchSize = Annotated[_Int, _option("Slices or patches a step and process.", "4")]

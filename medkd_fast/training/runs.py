@@ -52,7 +52,7 @@ from medkd_fast.training.data.dataset import Dataset, open_dataset
 from medkd_fast.training.data.layouts import BUILT_IN
 from medkd_fast.training.data.prepare import Preprocessing, Volume, plan, prepare
 from medkd_fast.training.data.sampling import train_loader
-from medkd_fast.training.data.split import Split, split_by_patient
+from medkd_fast.training.data.split import FRACTIONS, Split, split_by_patient
 from medkd_fast.training.distillation import describe, make_distiller, resolve
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, sha256, write_json
@@ -238,16 +238,22 @@ def plan_run(config: RunConfig) -> Plan:
     layout = config.layout
     dataset = open_dataset(config.data, layout)
     preprocessing = plan(dataset, _asked(config.preprocessing, dataset, teacher))
-    split = _split(config, dataset, teacher)
+    fractions, split_seed = _shares(config, teacher)
+    split = _split(dataset, teacher, fractions, split_seed)
     volumes = prepare(dataset, preprocessing, [*split.train, *split.validation])
     if config.patience and not split.validation:
         raise WrongUse("patience needs validation cases, and this split has none: give --fractions such as 0.7,0.1,0.2")
+    num_classes = len(dataset.classes) + 1
+    if config.patience and not any(_has_class(volumes[name], num_classes) for name in split.validation):
+        raise WrongUse(
+            "patience needs a validation case whose label has a class, and no label of these has one: "
+            f"{', '.join(split.validation[:8])}; leave it out, or give another split"
+        )
     if config.patch is not None and len(config.patch) != preprocessing.dims:
         raise WrongUse(f"patch must be {preprocessing.dims} sizes for dims {preprocessing.dims}, got {config.patch}")
     inherited = teacher.patch if teacher and teacher.dims == preprocessing.dims else None
     patch = config.patch or inherited or default_patch(list(volumes.values()), preprocessing.dims)
     shape = (min(config.batch_size, 2), len(dataset.channels), *patch)
-    num_classes = len(dataset.classes) + 1
     network = build_network(
         config.network,
         config.network_args,
@@ -258,7 +264,13 @@ def plan_run(config: RunConfig) -> Plan:
         seed=config.seed,
     )
     surveys = [check_network(network, config.network, shape, num_classes)]
-    changes: dict[str, Any] = {"data": _lasting(config), "preprocessing": preprocessing, "patch": patch}
+    changes: dict[str, Any] = {
+        "data": _lasting(config),
+        "preprocessing": preprocessing,
+        "patch": patch,
+        "fractions": fractions,
+        "split_seed": split_seed,
+    }
     if teacher:
         check_teacher(teacher, dataset, preprocessing)
         surveys.append(check_network(teacher.network, teacher.config.network, shape, num_classes, training=False))
@@ -492,6 +504,10 @@ class Batches(pl.LightningDataModule):
         return DataLoader([(rank + i * world_size) % count for i in range(-(-count // world_size))])
 
 
+class OtherSplit(UserWarning):
+    """A student's split is not its teacher's."""
+
+
 class Patience(EarlyStopping):
     """EarlyStopping that, resumed from the checkpoint of the epoch that exhausted it, stops before another epoch."""
 
@@ -520,13 +536,66 @@ def _asked(given: Preprocessing | Mapping[str, Any], dataset: Dataset, teacher: 
     return Preprocessing.from_dict({**rest, **given})
 
 
-def _split(config: RunConfig, dataset: Dataset, teacher: Trained | None) -> Split:
-    """The teacher's split where it was trained on these cases: what tests the student must not have taught the teacher."""
-    if teacher:
-        split = teacher.split
-        if {*split.train, *split.validation, *split.test} == {c.name for c in dataset.labelled}:
-            return split
-    return split_by_patient(dataset, seed=config.split_seed, fractions=config.fractions)
+def _has_class(volume: Volume, num_classes: int) -> bool:
+    assert volume.mask is not None
+    return bool(((volume.mask > 0) & (volume.mask < num_classes)).any())
+
+
+def _shares(config: RunConfig, teacher: Trained | None) -> tuple[tuple[float, float, float], int]:
+    """The fractions and the seed of the split that were asked for; for the rest the teacher's, else the usual ones."""
+    others = teacher.config if teacher else config
+    fractions = config.fractions or others.fractions or FRACTIONS
+    seeds = (config.split_seed, others.split_seed, 0)
+    return fractions, next(seed for seed in seeds if seed is not None)
+
+
+def _split(dataset: Dataset, teacher: Trained | None, fractions: tuple[float, float, float], seed: int) -> Split:
+    """The teacher's split of its cases, unless another is asked for: what tests the student must not have taught the teacher."""
+    known = {*teacher.split.train, *teacher.split.validation, *teacher.split.test} if teacher else set()
+    if not teacher or known.isdisjoint(c.name for c in dataset.labelled):
+        return split_by_patient(dataset, seed=seed, fractions=fractions)
+    if _shares(teacher.config, None) == (fractions, seed):
+        return _continued(teacher.split, dataset)
+    split = split_by_patient(dataset, seed=seed, fractions=fractions)
+    if taught := [name for name in split.test if name in teacher.split.train]:
+        _tell(
+            f"the teacher was trained on {_some(taught)} of the student's test cases: their scores flatter the student; "
+            "without --fractions and split_seed it takes the teacher's split"
+        )
+    return split
+
+
+def _continued(split: Split, dataset: Dataset) -> Split:
+    """A split of other cases of a data set, with those that it lacks: on the side of their patient, else on the data set's, else in train."""
+    sides = {side: list(names) for side, names in asdict(split).items()}
+    side_of = {name: side for side, names in sides.items() for name in names}
+    of_patient = {c.patient: side_of[c.name] for c in dataset.labelled if c.name in side_of}
+    of_data = {name: side for side, names in asdict(dataset.split or Split(())).items() for name in names}
+    new = [c for c in dataset.labelled if c.name not in side_of]
+    for case in new:
+        sides[of_patient.get(case.patient) or of_data.get(case.name, "train")].append(case.name)
+    there = {c.name for c in dataset.labelled}
+    found = Split(**{side: tuple(name for name in names if name in there) for side, names in sides.items()})
+    if not found.train:
+        raise WrongUse(
+            f"{dataset.name} holds no case that the teacher was trained on, and its others are held out: "
+            "give --fractions to share them out anew"
+        )
+    if new or side_of.keys() - there:
+        _tell(
+            f"the teacher's split is kept for its {len(side_of.keys() & there)} cases that {dataset.name} holds; "
+            f"new ones are {_some([c.name for c in new])}: in train, where neither their patient nor the data say otherwise"
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many, and the first of them."""
+    return f"{len(names)} ({', '.join(names[:8])}{', ...' if names[8:] else ''})" if names else "none"
+
+
+def _tell(text: str) -> None:
+    warnings.warn(text, OtherSplit, stacklevel=3)
 
 
 def _check_cacheable(config: RunConfig) -> None:

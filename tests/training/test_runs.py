@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 import torch
 from pytorch_lightning.loggers import CSVLogger
 
@@ -23,6 +24,7 @@ from medkd_fast.training.checkpoints import KeptCheckpoints, newest_good
 from medkd_fast.training.config import RunConfig, read_yaml
 from medkd_fast.training.data.dataset import open_dataset
 from medkd_fast.training.data.prepare import prepare
+from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import evaluate
 from medkd_fast.training.module import SegmentationModule
@@ -339,6 +341,16 @@ def test_patience_stops_early(tmp_path, config):
     assert state(folder.last)["global_step"] == 3
 
 
+def test_patience_needs_a_validation_label_with_a_class(tmp_path, config, small_csv):
+    data = Path(shutil.copytree(Path(small_csv).parent, tmp_path / "data"))
+    label = sitk.ReadImage(str(data / "label3.nii.gz"))  # the one of the validation
+    sitk.WriteImage(label * 0, str(data / "label3.nii.gz"))
+    with pytest.raises(
+        WrongUse, match="patience needs a validation case whose label has a class, .*: case3; leave it out"
+    ):
+        plan_run(config.resolved(data=str(data / "small.csv"), patience=2))
+
+
 def test_a_student_from_recorded_logits(tmp_path, config, teacher, cache):
     config = config.resolved(losses=("kd", "dmd"), teacher=str(teacher), cache_teacher=True, epochs=1)
     run = plan_run(config)
@@ -365,8 +377,58 @@ def test_a_student_from_recorded_logits(tmp_path, config, teacher, cache):
 
 def test_the_student_takes_the_teachers_split_and_preprocessing(tmp_path, config, teacher):
     trained = load_run(teacher)
-    run = plan_run(config.resolved(losses=("kd",), teacher=str(teacher), preprocessing={}, split_seed=9))
+    run = plan_run(config.resolved(losses=("kd",), teacher=str(teacher), preprocessing={}))
     assert run.split == trained.split and run.config.preprocessing == trained.preprocessing
+    assert (run.config.fractions, run.config.split_seed) == ((0.7, 0.1, 0.2), 0)
+
+
+@pytest.fixture(scope="module")
+def unsplit(tmp_path_factory, small_csv) -> Path:
+    """The small data without its split, and without its sixth case: the folder."""
+    folder = Path(shutil.copytree(Path(small_csv).parent, tmp_path_factory.mktemp("unsplit") / "data"))
+    lines = [line.rpartition(",")[0] for line in (folder / "small.csv").read_text().splitlines()]
+    (folder / "five.csv").write_text("\n".join(lines[:-1]))
+    (folder / "small.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, config, unsplit) -> tuple[RunConfig, Split]:
+    """A student's configuration, whose teacher was trained on five cases, and the teacher's split."""
+    alone = config.resolved(data=str(unsplit / "five.csv"), epochs=1, steps=1)
+    teacher = fit(alone, tmp_path_factory.mktemp("taught") / "teacher")
+    return alone.resolved(losses=("kd",), teacher=str(teacher)), load_run(teacher).split
+
+
+def test_new_and_lacking_cases_do_not_move_those_of_the_teacher(unsplit, taught):
+    config, split = taught
+    with pytest.warns(
+        runs.OtherSplit, match=r"kept for its 5 cases that small holds; new ones are 1 \(case5\): in train"
+    ):
+        found = plan_run(config.resolved(data=str(unsplit / "small.csv"))).split
+    assert found == replace(split, train=(*split.train, "case5"))
+    # a new image of a patient whom the teacher was tested on is in the test too
+    text = (unsplit / "small.csv").read_text().replace("image,label,case", "image,label,case,patient")
+    lines = [f"{line},{split.test[0] if 'case5' in line else line[-5:]}" for line in text.splitlines()[1:]]
+    (unsplit / "twice.csv").write_text("\n".join([text.splitlines()[0], *lines]))
+    with pytest.warns(runs.OtherSplit):
+        assert plan_run(config.resolved(data=str(unsplit / "twice.csv"))).split == replace(
+            split, test=(*split.test, "case5")
+        )
+    lines = (unsplit / "five.csv").read_text().splitlines()
+    (unsplit / "four.csv").write_text("\n".join(line for line in lines if split.train[0] not in line))
+    with pytest.warns(runs.OtherSplit, match="kept for its 4 cases that four holds; new ones are none"):
+        assert plan_run(config.resolved(data=str(unsplit / "four.csv"))).split == replace(split, train=split.train[1:])
+
+
+def test_fractions_that_were_asked_for_win_over_the_teachers_split(taught):
+    config, split = taught
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", runs.OtherSplit)
+        assert plan_run(config.resolved(fractions=(0.7, 0.1, 0.2), split_seed=0)).split == split
+    with pytest.warns(runs.OtherSplit, match=r"trained on \d \(case.*\) of the student's test cases"):
+        run = plan_run(config.resolved(fractions=(0.2, 0.2, 0.6)))
+    assert len(run.split.test) == 3 and run.config.fractions == (0.2, 0.2, 0.6)
 
 
 def test_folders_that_cannot_be_used(tmp_path, config, teacher):
