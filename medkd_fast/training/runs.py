@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from medkd_fast.training.data.split import FRACTIONS, Split, split_by_patient
 from medkd_fast.training.distillation import describe, make_distiller, resolve
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, sha256, write_json
+from medkd_fast.training.lock import locked
 from medkd_fast.training.module import CHECKPOINT_KEY, GRADIENT_CLIP, RecordedTeacher, SegmentationModule
 from medkd_fast.training.networks import Survey, build_network, check_network
 from medkd_fast.training.progress import progress_callback
@@ -193,10 +194,16 @@ def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
     stopped before its first checkpoint is taken over, whatever its configuration. On a CPU with the same
     number of threads the result has the same bits as a run that was never interrupted.
 
-    Raises WrongUse where the folder holds a run already (without `resume`) or a run of another configuration, where it cannot
-    be written, and for what the data, the networks and the losses do not allow. Raises KeyboardInterrupt after Ctrl-C.
+    Raises WrongUse where the folder holds a run already (without `resume`) or a run of another configuration, where another
+    process trains in it or it cannot be written, and for what the data, the networks and the losses do not allow. Raises KeyboardInterrupt after Ctrl-C.
     """
-    folder, first = RunFolder(out), rank_zero_only.rank == 0  # the other processes leave the folder to the first
+    first = rank_zero_only.rank == 0  # the other processes leave the folder to the first
+    with locked(out) if first else nullcontext():
+        return _fit(config, RunFolder(out), resume=resume, first=first)
+
+
+def _fit(config: RunConfig, folder: RunFolder, *, resume: bool, first: bool) -> Path:
+    out = folder.path
     if first:
         check_folder(folder, resume=resume)
     run = plan_run(config)
@@ -372,14 +379,7 @@ def load_run(path: Path) -> Trained:
 
 
 def check_folder(folder: RunFolder, *, resume: bool) -> None:
-    """Raises WrongUse where a folder holds a run (without `resume`), something else, or cannot be written."""
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        probe = folder.path / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise WrongUse(f"{folder.path} cannot be written ({error.strerror}): choose another --out") from error
+    """Raises WrongUse where a folder holds a run (without `resume`) or something else."""
     if folder.config.exists():
         if not resume and folder.begun:
             raise WrongUse(f"{folder.path} holds a run already: add --resume to go on with it, or choose another --out")

@@ -457,6 +457,29 @@ def test_folders_that_cannot_be_used(tmp_path, config, teacher):
     assert (tmp_path / "project" / "logs" / "metrics.csv").read_text() == "mine"
 
 
+LOCKING = """
+import sys
+from pathlib import Path
+from medkd_fast.training.lock import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path, config):
+    config, out = config.resolved(epochs=1, steps=1), tmp_path / "run"
+    command = [sys.executable, "-c", LOCKING, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        for resume in (False, True):
+            with pytest.raises(WrongUse, match="another process trains in .*run: wait until it has ended, or choose"):
+                fit(config, out, resume=resume)
+        other.kill()
+    fit(config, out)  # what a killed one leaves is in nobody's way
+    assert not (out / ".lock").exists()
+
+
 def test_another_teacher_under_the_same_name_is_another_run(tmp_path, config, teacher):
     theirs = tmp_path / "teacher"
     shutil.copytree(teacher, theirs)
