@@ -27,7 +27,7 @@ from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.distillation import LossTerm, parse_loss
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import Evaluation
-from medkd_fast.training.files import read_json, sha256, write_atomically, write_csv, write_json
+from medkd_fast.training.files import read_json, sha256, write_atomically, write_csv, write_json, writing
 from medkd_fast.training.finish import cases_of, finish_run, notes_of, overlay_rows, score
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.metrics import MEASURES
@@ -91,23 +91,24 @@ def compare(
     config: of the student alone; its seed is the first of the `seeds`. All students are prepared, split and cut into
     patches as the teacher was. retime: measure steps again, though that was done.
 
-    Raises WrongUse where `out` holds another comparison, and for what no cell could run with.
+    Raises WrongUse where `out` holds another comparison or cannot be written, and for what no cell could run with.
     """
     if seeds < 1:
         raise WrongUse(f"--seeds must be >= 1, got {seeds}")
     trained = load_run(teacher)
     dataset = open_dataset(config.data, config.layout)
     base = _base(config, teacher, trained, next(iter(methods.values())))
-    _check_folder(out, base, trained)
-    cells = _cells(base, teacher, methods, range(config.seed, config.seed + seeds), out)
-    if not (out / TEACHER / "scores.json").exists():
-        _finish(trained, dataset, out / TEACHER)
-    failed, ran = _run_cells(cells, dataset)
-    record = _record(cells, failed, dataset, out, trained)
-    _add_costs(record, cells, out, retime=retime)
-    _write(record, out)
-    if ran or not (out / "overlay.png").exists():
-        _overlay(trained, [c for c in cells if c.seed == config.seed and c.folder not in failed], dataset, out)
+    with writing(out):
+        _check_folder(out, base, trained)
+        cells = _cells(base, teacher, methods, range(config.seed, config.seed + seeds), out)
+        if not (out / TEACHER / "scores.json").exists():
+            _finish(trained, dataset, out / TEACHER)
+        failed, ran = _run_cells(cells, dataset)
+        record = _record(cells, failed, dataset, out, trained)
+        _add_costs(record, cells, out, retime=retime)
+        _write(record, out)
+        if ran or not (out / "overlay.png").exists():
+            _overlay(trained, [c for c in cells if c.seed == config.seed and c.folder not in failed], dataset, out)
     print_table(f"{dataset.name}: mean ± standard deviation over the seeds", _screen(record), record["notes"])
     return record
 
@@ -122,7 +123,8 @@ def _base(config: RunConfig, teacher: Path, trained: Trained, term: LossTerm) ->
     own = {"split_seed": trained.config.split_seed, "fractions": trained.config.fractions}
     base = replace(config, teacher=None, losses=(), **own)
     taught = plan_run(replace(base, teacher=str(teacher), losses=(term,)))
-    base = replace(base, preprocessing=taught.config.preprocessing, patch=taught.config.patch)
+    made = taught.config
+    base = replace(base, data=made.data, preprocessing=made.preprocessing, patch=made.patch)
     if plan_run(base).split != taught.split:
         raise WrongUse(
             f"{config.data} has changed since {teacher} was trained: students with and without it would be tested on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
@@ -20,7 +21,7 @@ from medkd_fast.layers import finest
 from medkd_fast.training.data.dataset import open_dataset
 from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.files import write_atomically, write_json
+from medkd_fast.training.files import check_writable, write_atomically, write_json, writing
 from medkd_fast.training.finish import cases_of
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.runs import check_data, load_run
@@ -74,8 +75,8 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
     out: the file; without it RUN/student.onnx or .pt2 (of a checkpoint: beside it). data: another data set for the check. Beside
     the file goes one of the same name that ends in .json: what the input must be prepared like, and what the classes are.
 
-    Raises WrongUse where there is no run, format or data, or the file does not compute what the network does; then it is
-    removed.
+    Raises WrongUse where there is no run, format or data, where `out` cannot be written, or the file does not compute what the
+    network does; then it is removed.
     """
     check_format(format)
     trained = load_run(run)
@@ -84,11 +85,13 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
         raise WrongUse(f"a file of format {format} must end in {SUFFIXES[format]}, got {file.name}")
     dataset = open_dataset(data or trained.config.data, None if data else trained.config.layout)
     check_data(trained, dataset)
+    check_writable(file.parent)
     case = cases_of(trained, dataset, "test")[0]
     volume = prepare(dataset, trained.preprocessing, [case])[case]
-    multiples = export_network(
-        trained.network, file, format=format, in_channels=len(trained.channels), patch=trained.patch
-    )
+    with writing(file):
+        multiples = export_network(
+            trained.network, file, format=format, in_channels=len(trained.channels), patch=trained.patch
+        )
     differences = compare_exported(file, trained.network, volume.image, patch=trained.patch, multiples=multiples)
     for found in differences:
         if not found.logits <= TOLERANCE * max(found.scale, 1):
@@ -111,7 +114,8 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
         "checked_on": case,
         "differences": differences,
     }
-    write_json(file.with_suffix(".json"), about)
+    with writing(file.with_suffix(".json")):
+        write_json(file.with_suffix(".json"), about)
     return Exported(file, trained.patch, multiples, case, differences)
 
 
@@ -135,7 +139,9 @@ def export_network(
     module = Logits(network).eval()
     program, multiples = _trace(module, in_channels, tuple(patch))
     if format == "torch-export":
-        write_atomically(file, lambda p: torch.export.save(program, p))
+        content = io.BytesIO()
+        torch.export.save(program, content)  # into a file on a full disk it would end the process
+        write_atomically(file, lambda p: p.write_bytes(content.getbuffer()))
     else:
         write_atomically(file, lambda p: _save_onnx(program, p))
     return multiples

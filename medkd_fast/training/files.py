@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from medkd_fast.training.errors import WrongUse
+
+CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),  # something else is in the way
+}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -21,6 +31,25 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Raises WrongUse in place of the system's errors that say that something at `where` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise WrongUse(f"{where} cannot be written ({error.strerror}): make room or choose another --out") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder. Raises WrongUse where that, or a file in it, cannot be made."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ from medkd_fast.training.data.dataset import IGNORE, Dataset, open_dataset
 from medkd_fast.training.data.prepare import Volume, prepare
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import Evaluation, evaluate
+from medkd_fast.training.files import check_writable, writing
 from medkd_fast.training.networks import multiply_accumulates, parameter_count
 from medkd_fast.training.pictures import Row, curves_figure, overlay_figure, save_png
 from medkd_fast.training.runs import Trained, check_data, load_run
@@ -34,21 +35,28 @@ def evaluate_run(
 ) -> Evaluation:
     """Score a run's folder or a checkpoint on a side of its split, print the table, write scores and pictures.
 
-    data: None takes the data set that it was trained on. out: None takes the run's folder; scores of other data, of another
-    side or by another protocol have that in their names. Raises WrongUse where there is no run, or nothing to score on.
+    data: None takes the data set that it was trained on. out: None takes the run's folder, and of a checkpoint writes nothing;
+    scores of other data, of another side or by another protocol have that in their names. Raises WrongUse where there is no
+    run, nothing to score on, or no way to write; the table is printed before.
     """
     trained = load_run(run)
     dataset = open_dataset(data or trained.config.data, layout or (None if data else trained.config.layout))
     names = cases_of(trained, dataset, side)
-    evaluation, seen, volumes = score(trained, dataset, names, protocol=protocol)
     folder = out or (run if run.is_dir() else None)
-    own = _is_own(trained, dataset)
-    if folder and own and side == "test" and protocol == "mm":
-        finish_run(folder, trained, evaluation, {trained.name: seen}, volumes, dataset)
-    elif folder:
-        words = [w for w in ("" if own else dataset.name, side, "" if protocol == "mm" else protocol) if w]
-        evaluation.write(folder, "-".join(["scores", *words]), **about(trained, dataset, side))
+    if folder:
+        check_writable(folder)  # before the work
+    evaluation, seen, volumes = score(trained, dataset, names, protocol=protocol)
     print_scores({trained.name: entry_of(trained, evaluation)}, caveats([evaluation], notes_of(dataset)))
+    if not folder:
+        print(f"{run} is a checkpoint: no scores are written; name a folder with --out")
+        return evaluation
+    own = _is_own(trained, dataset)
+    with writing(folder):
+        if own and side == "test" and protocol == "mm":
+            finish_run(folder, trained, evaluation, {trained.name: seen}, volumes, dataset)
+        else:
+            words = [w for w in ("" if own else dataset.name, side, "" if protocol == "mm" else protocol) if w]
+            evaluation.write(folder, "-".join(["scores", *words]), **about(trained, dataset, side))
     return evaluation
 
 

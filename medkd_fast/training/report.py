@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import PROTOCOLS, Evaluation
-from medkd_fast.training.files import read_json, write_atomically
+from medkd_fast.training.files import read_json, write_atomically, writing
 from medkd_fast.training.pictures import classes_figure, curves_figure, read_curve, svg_text
 
 SCORES = "scores*.json"
@@ -38,7 +38,7 @@ class Scored:
 def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write one page about runs (folders of `train` or `distill`) and comparisons (folders of `compare`).
 
-    Raises WrongUse for a folder that is neither, and for a run that was not evaluated yet.
+    Raises WrongUse for a folder that is neither, for a run that was not evaluated yet, and where `out` cannot be written.
     """
     compared = [f for f in folders if (f / "compare.json").is_file()]
     runs = {name: folder for name, folder in _names(folders).items() if folder not in compared}
@@ -55,7 +55,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         compared=[_comparison(folder) for folder in compared],
         notes=list(dict.fromkeys(note for of in scored.values() for s in of for note in s.about.get("notes", []))),
     )
-    write_atomically(out, lambda p: p.write_text(page, encoding="utf-8"))
+    with writing(out):
+        write_atomically(out, lambda p: p.write_text(page, encoding="utf-8"))
 
 
 def png(path: Path) -> str | None:

@@ -7,7 +7,6 @@ evaluates it adds scores and pictures.
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -55,7 +54,7 @@ from medkd_fast.training.data.sampling import train_loader
 from medkd_fast.training.data.split import FRACTIONS, Split, split_by_patient
 from medkd_fast.training.distillation import describe, make_distiller, resolve
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.files import read_json, sha256, write_json
+from medkd_fast.training.files import CANNOT_WRITE, read_json, sha256, write_json
 from medkd_fast.training.lock import locked
 from medkd_fast.training.module import CHECKPOINT_KEY, GRADIENT_CLIP, RecordedTeacher, SegmentationModule
 from medkd_fast.training.networks import Survey, build_network, check_network
@@ -64,7 +63,6 @@ from medkd_fast.training.teacher_cache import record_teacher
 
 LARGEST_PATCH = {2: 256, 3: 96}  # along an axis, where nobody asked for another
 PATCH_MULTIPLE = 16  # what U-Nets of five levels take
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 # what may differ when a run goes on: data and teacher count by their contents, the others do not change what is computed
 _MAY_DIFFER = {"data", "teacher", "workers", "strategy", "accelerator", "compile"}
 
@@ -228,7 +226,7 @@ def _fit(config: RunConfig, folder: RunFolder, *, resume: bool, first: bool) -> 
         try:
             trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
         except OSError as error:
-            if error.errno not in _CANNOT_WRITE:
+            if error.errno not in CANNOT_WRITE:
                 raise
             raise WrongUse(
                 f"{folder.path} cannot be written ({error.strerror}); the last checkpoint is whole: make room, or the folder "

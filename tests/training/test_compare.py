@@ -133,6 +133,9 @@ def test_methods_that_are_none(text, message):
 
 
 def test_wrong_use(student, teacher, tmp_path, small_csv, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(WrongUse, match=r"file/out cannot be written \(Not a directory\): make room or choose another"):
+        compare(student, teacher, parse_methods("kd"), tmp_path / "file" / "out")
     with pytest.raises(WrongUse, match="--seeds must be >= 1"):
         compare(student, teacher, parse_methods("kd"), tmp_path / "out", seeds=0)
     (tmp_path / "full").mkdir()

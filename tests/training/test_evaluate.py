@@ -17,6 +17,7 @@ from matplotlib.image import imread
 from torch import Tensor, nn
 
 from medkd_fast.cli import main
+from medkd_fast.training import finish
 from medkd_fast.training.data.dataset import IGNORE, open_dataset
 from medkd_fast.training.data.prepare import plan, prepare
 from medkd_fast.training.data.settings import Preprocessing
@@ -173,11 +174,24 @@ def test_the_command(teacher, small_csv, tmp_path, capsys):
     assert set(other["cases"]) == {"case3"} and other["protocol"] == "transunet"
     assert (run / "scores.json").read_text() == before
     checkpoint = next(run.glob("checkpoints/*.ckpt"))
+    assert main(["evaluate", str(checkpoint)]) == 0
+    assert f"{checkpoint} is a checkpoint: no scores are written; name a folder with --out" in capsys.readouterr().out
     assert main(["evaluate", str(checkpoint), "--out", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / "scores.json").exists()
     capsys.readouterr()
     assert main(["evaluate", str(run), "--split", "tset"]) == 2
     assert "unknown split 'tset': choose from test, validation, train, all" in capsys.readouterr().err
+
+
+def test_where_scores_cannot_be_written(teacher, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out" / "scores.json").mkdir(parents=True)
+    assert main(["evaluate", str(teacher), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "liver" in said.out and "out cannot be written (Is a directory): make room or choose another" in said.err
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(finish, "score", None)  # it is told before the work
+    assert main(["evaluate", str(teacher), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "out cannot be written (Not a directory)" in capsys.readouterr().err
 
 
 def test_other_data_with_the_same_names_are_not_the_runs_own(teacher, small_csv, tmp_path, capsys):

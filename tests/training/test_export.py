@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,20 @@ def test_a_file_that_computes_something_else_is_removed(run, tmp_path, monkeypat
     monkeypatch.setattr(module, "load_exported", lambda file: lambda image: network(image) + 0.1)
     assert main(["export", str(run), "--format", "torch-export", "--out", str(tmp_path / "a.pt2")]) == 2
     assert "the torch-export file answers otherwise than the network on case4" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("onnx", ".onnx"), ("torch-export", ".pt2")])
+def test_a_full_disk_is_one_line_and_leaves_no_file(run, tmp_path, capsys, format, suffix):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or the kernel would end the process
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        assert main(["export", str(run), "--format", format, "--out", str(tmp_path / f"a{suffix}")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert f"a{suffix} cannot be written (File too large): make room or choose another" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -178,3 +178,11 @@ def test_a_browser_shows_it_and_has_nothing_to_say(page, devtools, dark):
     assert said == []
     asked = [e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"]
     assert {url.partition(":")[0] for url in asked} <= {"file", "data"} and page.as_uri() in asked
+
+
+def test_a_page_that_cannot_be_written(page, tmp_path, capsys):
+    run = str(page.parent / "a" / "teacher")
+    (tmp_path / "file").touch()
+    for out, reason in ((tmp_path, "Is a directory"), (tmp_path / "file" / "page.html", "File exists")):
+        assert main(["report", run, "--out", str(out)]) == 2
+        assert f"{out} cannot be written ({reason}): make room or choose another --out" in capsys.readouterr().err
