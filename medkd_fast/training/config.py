@@ -15,6 +15,7 @@ from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import write_atomically
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # in Lightning's words
+SEEDS = 2**32  # what numpy takes
 _WHOLE = ("epochs", "steps", "batch_size", "num_nodes")
 
 
@@ -67,6 +68,8 @@ class RunConfig:
             want = _TYPES.get(f.type)
             if want and (not isinstance(value, want) or (isinstance(value, bool) and bool not in want)):
                 raise WrongUse(f"{f.name} must be {_words(want)}, got {value!r}")
+            if f.type in ("str", "str | None") and value is not None:
+                _set(self, f.name, str(value))  # 32 is a number in YAML
         for name in _WHOLE:
             if getattr(self, name) < 1:
                 raise WrongUse(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -78,11 +81,15 @@ class RunConfig:
             raise WrongUse(f"learning_rate must be a finite number >= 0, got {self.learning_rate}")
         if self.patience is not None and self.patience < 1:
             raise WrongUse(f"patience must be >= 1 epoch, got {self.patience}; leave it out to train to the end")
-        if str(self.precision) not in PRECISIONS:
+        if self.precision not in PRECISIONS:
             raise WrongUse(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        _set(self, "precision", str(self.precision))  # 32 is a number in YAML
+        for name in ("seed", "split_seed"):
+            if not 0 <= (getattr(self, name) or 0) < SEEDS:
+                raise WrongUse(f"{name} must be >= 0 and < {SEEDS}, got {getattr(self, name)}")
         _set(self, "patch", _tuple("patch", self.patch, (2, 3), int))
         _set(self, "fractions", _tuple("fractions", self.fractions, (3,), (int, float)))
+        if isinstance(self.preprocessing, Mapping):
+            _check_preprocessing(self.preprocessing)
         _set(
             self, "losses", check_terms([t if isinstance(t, LossTerm) else LossTerm.from_dict(t) for t in self.losses])
         )
@@ -157,8 +164,8 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _TYPES: dict[Any, tuple[type, ...]] = {
-    "str": (str, int),  # the precision 32 and a teacher's or data set's name that is a number
-    "str | None": (str, type(None)),
+    "str": (str, int),  # the precision 32 and names that are a number
+    "str | None": (str, int, type(None)),
     "int": (int,),
     "int | None": (int, type(None)),
     "float": (float, int),
@@ -178,6 +185,31 @@ def _words(types: Sequence[type]) -> str:
         "NoneType": "nothing",
     }
     return " or ".join(names.get(t.__name__, t.__name__.lower()) for t in types)
+
+
+def _check_preprocessing(values: Mapping[str, Any]) -> None:
+    """Raises WrongUse for what is no number, or not as many as there must be; `Preprocessing` looks at the rest."""
+    for name, (count, kind) in _NUMBERS.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        given = value if isinstance(value, (list, tuple)) else (value,)
+        if len(given) != count or not all(isinstance(v, kind) and not isinstance(v, bool) for v in given):
+            what = "whole numbers" if kind is int else "numbers"
+            raise WrongUse(f"{name} must be {count} {what}, got {value!r}")
+    words = values.get("intensity")
+    if words is not None and not all(
+        isinstance(w, str) for w in (words if isinstance(words, (list, tuple)) else [words])
+    ):
+        raise WrongUse(f"intensity must be one word a channel, got {words!r}")
+
+
+_NUMBERS: dict[str, tuple[int, Any]] = {
+    "spacing": (3, (int, float, type(None))),
+    "size": (2, int),
+    "window": (2, (int, float)),
+    "percentiles": (2, (int, float)),
+}
 
 
 def _tuple(name: str, value: Any, lengths: tuple[int, ...], kind: Any) -> tuple | None:

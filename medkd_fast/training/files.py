@@ -59,7 +59,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """Raises WrongUse where there is no such file, or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise WrongUse(f"{path} cannot be read ({error.strerror}): bring it back, or choose another folder") from error
+    except ValueError as error:
+        raise WrongUse(f"{path} is damaged ({error}): bring it back, or choose another folder") from error
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -152,7 +152,8 @@ def _check_folder(trained: Trained, out: Path) -> None:
     record = {"network": trained.name, "checkpoint_sha256": sha256(trained.checkpoint)}
     try:
         if (out / RECORD).exists():
-            if read_json(out / RECORD)["checkpoint_sha256"] != record["checkpoint_sha256"]:
+            there = read_json(out / RECORD)
+            if not isinstance(there, dict) or there.get("checkpoint_sha256") != record["checkpoint_sha256"]:
                 raise WrongUse(f"{out} holds the predictions of another network: choose another folder")
         elif out.is_dir() and any(_is_image(f, OUTPUTS) for f in out.iterdir()):
             raise WrongUse(f"{out} holds images that this command did not write: choose another folder")

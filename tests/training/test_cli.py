@@ -64,6 +64,11 @@ def test_help_lists_the_commands(capsys):
         (["train", "DATA", "--precision", "64"], "precision must be one of 32, bf16, fp16, got '64'"),
         (["train", "DATA", "--patch", "32"], "patch must be 2 or 3 whole numbers >= 0, got [32]"),
         (["train", "DATA", "--fractions=-1,1,1"], "fractions must be 3 numbers >= 0, got [-1, 1, 1]"),
+        (["train", "DATA", "--spacing", "a,b,c"], "spacing must be 3 numbers, got ['a', 'b', 'c']"),
+        (["train", "DATA", "--size", "a,b"], "size must be 2 whole numbers, got ['a', 'b']"),
+        (["train", "DATA", "--size", "32.5,32"], "size must be 2 whole numbers, got [32.5, 32]"),
+        (["train", "DATA", "--seed", "-1"], "seed must be >= 0 and < 4294967296, got -1"),
+        (["train", "DATA", "--seed", "4294967296"], "seed must be >= 0 and < 4294967296, got 4294967296"),
         (["train", "DATA", "--dims", "4"], "dims must be 2 (slices) or 3 (patches), got 4"),
         (["train", "DATA", "--network", "UNut"], "no network 'UNut' in monai.networks.nets (near it: UNet"),
         (["train", "DATA", "--network-arg", "4,4"], "network argument '4,4': write key=value"),
@@ -175,6 +180,11 @@ def test_a_run_again_from_its_configuration_with_a_change(small_csv, tmp_path, t
         ("data: x\nlosses: [kd]\n", "give both"),
         ("data: x\npreprocessing: {dim: 2}\n", "unknown preprocessing setting 'dim'"),
         ("data: x\npreprocessing: 2\n", "preprocessing must hold settings, got 2"),
+        ("data: x\npreprocessing: {window: 5}\n", "window must be 2 numbers, got 5"),
+        ("data: x\npreprocessing: {window: [a, b]}\n", "window must be 2 numbers, got ['a', 'b']"),
+        ("data: x\npreprocessing: {intensity: [5]}\n", "intensity must be one word a channel, got [5]"),
+        ("data: x\nnetwork: 5\n", "no network '5' in monai.networks.nets"),
+        ("data: x\nsplit_seed: -1\n", "split_seed must be >= 0"),
         ("data: x\nteacher: t\nlosses: [{weight: 2}]\n", "a loss is a mapping of name, weight"),
     ],
 )
@@ -184,6 +194,12 @@ def test_configurations_that_make_no_sense(text, message, tmp_path, capsys, smal
     assert main(["train", small_csv, "--config", str(path), "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_data_whose_name_is_a_number_in_yaml(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("data: 2024\n")
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert "no data at 2024: give a folder" in capsys.readouterr().err
 
 
 def test_configurations_survive_yaml():

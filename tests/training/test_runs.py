@@ -480,6 +480,16 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path, config):
     assert not (out / ".lock").exists()
 
 
+def test_a_damaged_split_is_told(tmp_path, teacher):
+    out = Path(shutil.copytree(teacher, tmp_path / "run"))
+    (out / "split.json").write_text('{"train": [')
+    with pytest.raises(WrongUse, match=r"split.json is damaged \(Exp.*: bring it back, or choose another folder"):
+        fit(load_run(out).config, out, resume=True)
+    (out / "split.json").unlink()
+    with pytest.raises(WrongUse, match=r"split.json cannot be read \(No such file"):
+        fit(load_run(out).config, out, resume=True)
+
+
 def test_another_teacher_under_the_same_name_is_another_run(tmp_path, config, teacher):
     theirs = tmp_path / "teacher"
     shutil.copytree(teacher, theirs)
