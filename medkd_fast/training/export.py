@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from medkd_fast.layers import finest
-from medkd_fast.training.data.dataset import open_dataset
 from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import check_writable, write_atomically, write_json, writing
-from medkd_fast.training.finish import cases_of
+from medkd_fast.training.finish import cases_of, dataset_of
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.runs import check_data, load_run
 
@@ -83,7 +82,7 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
     file = out or (run if run.is_dir() else run.parent) / f"student{SUFFIXES[format]}"
     if file.suffix != SUFFIXES[format]:
         raise WrongUse(f"a file of format {format} must end in {SUFFIXES[format]}, got {file.name}")
-    dataset = open_dataset(data or trained.config.data, None if data else trained.config.layout)
+    dataset = dataset_of(trained, data)
     check_data(trained, dataset)
     check_writable(file.parent)
     case = cases_of(trained, dataset, "test")[0]

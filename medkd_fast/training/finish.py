@@ -40,7 +40,7 @@ def evaluate_run(
     run, nothing to score on, or no way to write; the table is printed before.
     """
     trained = load_run(run)
-    dataset = open_dataset(data or trained.config.data, layout or (None if data else trained.config.layout))
+    dataset = dataset_of(trained, data, layout)
     names = cases_of(trained, dataset, side)
     folder = out or (run if run.is_dir() else None)
     if folder:
@@ -90,6 +90,16 @@ def finish_run(
     save_png(overlay_figure(overlay_rows(seen, volumes), trained.classes), folder / "overlay.png")
     if (folder / "logs").is_dir():
         save_png(curves_figure({folder.name: folder}), folder / "curves.png")
+
+
+def dataset_of(trained: Trained, data: str | None, layout: str | None = None) -> Dataset:
+    """The data set of this name, or without one that of the run. Raises WrongUse where it is not there, or no longer."""
+    if data:
+        return open_dataset(data, layout)
+    try:
+        return open_dataset(trained.config.data, layout or trained.config.layout)
+    except WrongUse as error:
+        raise WrongUse(f"the data that {trained.name} was trained on: {error}; name where they lie now") from error
 
 
 def cases_of(trained: Trained, dataset: Dataset, side: str) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import evaluate
+from medkd_fast.training.finish import evaluate_run
 from medkd_fast.training.module import SegmentationModule
 from medkd_fast.training.networks import build_network, parameter_count
 from medkd_fast.training.pictures import read_curve
@@ -321,6 +322,8 @@ def test_a_run_goes_on_with_its_data_under_another_name_and_with_no_others(tmp_p
     assert load_run(out).config.data == str(data / "small.csv")
     RunFolder(out).finished.unlink()
     os.replace(data, tmp_path / "moved")
+    with pytest.raises(WrongUse, match=r"data that run was trained on: no data at .*; name where they lie now"):
+        evaluate_run(out)
     moved = config.resolved(data=str(tmp_path / "moved" / "small.csv"))
     fit(moved, out, resume=True)
     assert RunFolder(out).finished.exists()
