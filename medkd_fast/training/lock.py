@@ -43,9 +43,8 @@ def locked(folder: Path) -> Iterator[None]:
 def _taken(descriptor: int, file: Path) -> bool:
     """Whether the lock could be taken, and its file is still the one in the folder."""
     try:
-        fcntl.lockf(
-            descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # unlike flock not held on by workers that outlive a killed run
+        # unlike flock's, it is not held on by workers that outlive a killed run
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except (BlockingIOError, PermissionError, FileNotFoundError):
         return False

@@ -193,7 +193,8 @@ def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
     number of threads the result has the same bits as a run that was never interrupted.
 
     Raises WrongUse where the folder holds a run already (without `resume`) or a run of another configuration, where another
-    process trains in it or it cannot be written, and for what the data, the networks and the losses do not allow. Raises KeyboardInterrupt after Ctrl-C.
+    process trains in it or it cannot be written, and for what the data, the networks and the losses do not allow. Raises
+    KeyboardInterrupt after Ctrl-C.
     """
     first = rank_zero_only.rank == 0  # the other processes leave the folder to the first
     with locked(out) if first else nullcontext():
@@ -548,7 +549,7 @@ def _shares(config: RunConfig, teacher: Trained | None) -> tuple[tuple[float, fl
 
 
 def _split(dataset: Dataset, teacher: Trained | None, fractions: tuple[float, float, float], seed: int) -> Split:
-    """The teacher's split of its cases, unless another is asked for: what tests the student must not have taught the teacher."""
+    """The teacher's split of its cases, unless another is asked for: what tests a student must not have taught its teacher."""
     known = {*teacher.split.train, *teacher.split.validation, *teacher.split.test} if teacher else set()
     if not teacher or known.isdisjoint(c.name for c in dataset.labelled):
         return split_by_patient(dataset, seed=seed, fractions=fractions)
@@ -564,7 +565,7 @@ def _split(dataset: Dataset, teacher: Trained | None, fractions: tuple[float, fl
 
 
 def _continued(split: Split, dataset: Dataset) -> Split:
-    """A split of other cases of a data set, with those that it lacks: on the side of their patient, else on the data set's, else in train."""
+    """A split of some cases of a data set, with its other cases: on their patient's side, else the data set's, else in train."""
     sides = {side: list(names) for side, names in asdict(split).items()}
     side_of = {name: side for side, names in sides.items() for name in names}
     of_patient = {c.patient: side_of[c.name] for c in dataset.labelled if c.name in side_of}
