@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -118,7 +120,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         # in a tuple, where nn.Module does not look for submodules
-        self.teachers = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
+        several = isinstance(teacher, nn.ModuleList) or not isinstance(teacher, nn.Module)
+        self.teachers: tuple[nn.Module, ...] = tuple(cast(Any, teacher)) if several else (cast(nn.Module, teacher),)
         self.student = student
         self.terms = _checked(terms)
         if not self.terms or not self.teachers:
@@ -132,15 +135,16 @@ class Distiller(nn.Module):
         self._student_layers = self._layers(student, "student")
         self._teacher_layers = [self._layers(network, "teacher") for network in self.teachers]
         self._of_student = Caught("student")
-        self._of_teachers = [Caught("teacher", in_eval=True) for _ in self.teachers]
+        self._of_teachers = [Caught("teacher") for _ in self.teachers]
         self._handles: list[RemovableHandle] = []
-        self._attach(student, self._student_layers, self._of_student)
-        for network, layers, caught in zip(self.teachers, self._teacher_layers, self._of_teachers, strict=True):
-            self._attach(network.eval(), layers, caught)
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._values: dict[str, torch.Tensor] = {}
         if any(term.warm_up for term in self.terms):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         try:
+            self._attach(student, self._student_layers, self._of_student)
+            for network, layers, caught in zip(self.teachers, self._teacher_layers, self._of_teachers, strict=True):
+                self._attach(network.eval(), layers, caught)
             if example is not None:
                 self._dry_run(example)
             self.losses = nn.ModuleList(
@@ -183,19 +187,21 @@ class Distiller(nn.Module):
                 "the student has not run since the last loss: call the distiller (or, in training mode, the student) with "
                 "images first. After close() there is nothing to compare"
             )
-        if any(caught.inputs is None for caught in self._of_teachers):
-            self._ask_teachers()
-        if target is not None and not isinstance(target, torch.Tensor):
-            target = max(target, key=lambda x: x.shape[2:].numel())
-        trains = torch.is_grad_enabled() and self._of_student.map("").requires_grad
-        weighted = []
-        self._values = {}
-        for i, term in enumerate(self.terms):
-            results = [self._compare(i, which, target, trains) for which in range(len(self.teachers))]
-            value = results[0] if len(results) == 1 else torch.stack(results).mean()
-            self._values[self.names[i]] = value.detach()
-            weighted.append(value * self._weight(term))
-        self._clear()
+        try:
+            if not self._of_student.answered:
+                self._ask_teachers()
+            if target is not None and not isinstance(target, torch.Tensor):
+                target = max(target, key=lambda x: math.prod(x.shape[1:]))
+            trains = torch.is_grad_enabled() and self._trains()
+            weighted = []
+            self._values = {}
+            for i, term in enumerate(self.terms):
+                results = [self._compare(i, which, target, trains) for which in range(len(self.teachers))]
+                value = results[0] if len(results) == 1 else torch.stack(results).mean()
+                self._values[self.names[i]] = value.detach()
+                weighted.append(value * self._weight(term))
+        finally:  # an error leaves nothing that the next step could take for its own
+            self._clear()
         return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
 
     def log(self, parts: bool = False) -> dict[str, torch.Tensor]:
@@ -210,8 +216,7 @@ class Distiller(nn.Module):
 
     def close(self) -> None:
         """Takes the hooks off the networks, which stay as they are; `loss` has nothing to compare any more."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
         self._clear()
 
     def __enter__(self) -> Self:
@@ -246,14 +251,30 @@ class Distiller(nn.Module):
         if self.training and "step" in self._buffers:
             self.step += 1
         with torch.no_grad():
-            for network in self.teachers:
+            for network, caught in zip(self.teachers, self._of_teachers, strict=True):
                 if any(module.training for module in network.modules()):
                     network.eval()
-                network(*args, **kwargs)
+                caught.in_eval = True  # here alone: who runs a teacher elsewhere has other images
+                try:
+                    network(*args, **kwargs)
+                finally:
+                    caught.in_eval = False
+        self._of_student.answered = True
 
     def _weight(self, term: Term) -> float | torch.Tensor:
         """A rising weight is computed on the device: a captured graph and a compiled loss see it rise."""
         return _risen(self.step, term.warm_up, float(term.weight)) if term.warm_up else term.weight
+
+    def _trains(self) -> bool:
+        """Whether the student's last run has a graph."""
+        if self._of_student.has_graph():
+            return True
+        if self.training and any(weight.requires_grad for weight in self.student.parameters()):
+            raise ValueError(
+                "student: its output came without a gradient: it ran last under no_grad; run it with a gradient, or, where none is "
+                "wanted, call eval() on the distiller or take the loss under no_grad"
+            )
+        return False
 
     def _compare(self, i: int, which: int, target: torch.Tensor | None, trains: bool) -> torch.Tensor:
         call, loss = self._calls[i], cast(nn.ModuleList, self.losses[i])[which]
@@ -276,15 +297,19 @@ class Distiller(nn.Module):
 
     def _dry_run(self, example: torch.Tensor) -> None:
         """Runs every network once; statistics of normalisations and random numbers are afterwards what they were."""
-        self._of_student.in_eval = True
-        for network in (self.student, *self.teachers):
+        if example.shape[0] == 1:
+            example = torch.cat([example, example])  # one image is too few for batch statistics of a 1×1 map
+        for network, caught in zip((self.student, *self.teachers), (self._of_student, *self._of_teachers), strict=True):
             at = next(network.parameters(), example)
             buffers = [buffer.clone() for buffer in network.buffers()]
+            caught.in_eval = True
             with torch.no_grad(), torch.random.fork_rng([at.device] if at.device.type == "cuda" else []):
-                network(example.to(at.device))
-                for buffer, before in zip(network.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-        self._of_student.in_eval = False
+                try:
+                    network(example.to(at.device))
+                finally:
+                    caught.in_eval = False
+                    for buffer, before in zip(network.buffers(), buffers, strict=True):
+                        buffer.copy_(before)
 
     def _make(self, i: int, which: int) -> nn.Module:
         """The loss of a term and a teacher, a copy of its own, with an adapter where a dry run showed that it needs one."""
@@ -306,12 +331,13 @@ class Distiller(nn.Module):
         """The settings of a loss given by name: the term's, and what it asks for and only the networks know."""
         assert isinstance(term.loss, str)
         asked = inspect.signature(LOSSES[term.loss]).parameters
-        known: dict[str, Any] = {}
+        known: dict[str, Callable[[], Any]] = {}
         if self._of_student.inputs is not None:
-            known["num_classes"] = of_teacher.map("").shape[1]
-            known["feature_channels"] = [self._of_student.map(layer).shape[1] for layer in layers.features]
-            known["spatial_dims"] = self._of_student.map("").dim() - 2
-        settings = {name: value for name, value in known.items() if name in asked} | dict(term.settings)
+            known["num_classes"] = lambda: of_teacher.map("").shape[1]
+            known["feature_channels"] = lambda: [self._of_student.map(layer).shape[1] for layer in layers.features]
+            known["spatial_dims"] = lambda: self._of_student.map("").dim() - 2
+        settings = {name: value() for name, value in known.items() if name in asked and name not in term.settings}
+        settings |= term.settings
         missing = [n for n, a in asked.items() if a.default is inspect.Parameter.empty and n not in settings]
         if missing:
             raise ValueError(
@@ -331,6 +357,11 @@ def _risen(step: torch.Tensor, warm_up: int, weight: float) -> torch.Tensor:
 @_risen.register_fake
 def _(step: torch.Tensor, warm_up: int, weight: float) -> torch.Tensor:
     return step.new_empty((), dtype=torch.get_default_dtype())
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _checked(terms: Sequence[Term]) -> tuple[Term, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ def find_layers(network: nn.Module, pattern: str, whose: str) -> list[str]:
     (['up.0', 'up.1'], ['head'])
     """
     names = [name for name, _ in network.named_modules()]
-    if pattern in names:
+    if pattern in (name for name, _ in network.named_modules(remove_duplicate=False)):  # by any of its names
         return [pattern]
     parts = pattern.split(".")
     found = [name for name in names if name and _matches(name.split("."), parts)]
@@ -59,7 +60,8 @@ def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def finest(output: Any, dims: int | None = None) -> torch.Tensor:
-    """The map of what a layer puts out: a tensor, or of a list, tuple or dictionary the one with most pixels, the first of equals.
+    """The map of what a layer puts out: a tensor, or of a list, tuple, dictionary or dataclass the one with most pixels, the first of
+    equals.
 
     Dictionaries with "logits" or "out" mean that entry. dims: dimensions of the network's input, [B, C, *S]; a tensor with one
     more is deep supervision as [B, outputs, C, *S], the finest first.
@@ -69,22 +71,34 @@ def finest(output: Any, dims: int | None = None) -> torch.Tensor:
     """
     if isinstance(output, torch.Tensor):
         return output[:, 0] if dims is not None and output.dim() == dims + 1 else output
-    if isinstance(output, Mapping):
+    parts = _parts(output)
+    if isinstance(parts, Mapping):
         for key in OUTPUT_KEYS:
-            if key in output:
-                return finest(output[key], dims)
-    maps = [x for x in _tensors(output) if x.dim() >= 3 and x.is_floating_point()]
+            if key in parts:
+                return finest(parts[key], dims)
+    maps = _maps(output)
     if not maps:
         raise ValueError(f"a layer gave {type(output).__name__} without a map [B, C, *S]; name one that gives a map")
     return finest(max(maps, key=_pixels), dims)
 
 
+def _parts(output: Any) -> Any:
+    """What is inside: of a dataclass its fields by name."""
+    inside = dataclasses.is_dataclass(output) and not isinstance(output, Mapping | type)
+    return vars(output) if inside else output
+
+
 def _tensors(output: Any) -> Iterable[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, list | tuple | Mapping):
-        for part in output.values() if isinstance(output, Mapping) else output:
+    parts = _parts(output)
+    if isinstance(parts, torch.Tensor):
+        yield parts
+    elif isinstance(parts, list | tuple | Mapping):
+        for part in parts.values() if isinstance(parts, Mapping) else parts:
             yield from _tensors(part)
+
+
+def _maps(output: Any) -> list[torch.Tensor]:
+    return [x for x in _tensors(output) if x.dim() >= 3 and x.is_floating_point()]
 
 
 def _pixels(x: torch.Tensor) -> int:
@@ -102,15 +116,17 @@ class Caught:
         self.in_eval = in_eval  # catches in eval mode too
         self.running = False
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.answered = False  # others have run on these inputs since
         self.outputs: dict[str, Any] = {}
         self.versions: dict[str, dict[int, int]] = {}  # of the tensors in the outputs, by their id
         self.warned: set[tuple[str, str]] = set()
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs, self.outputs, self.versions = (args, kwargs), {}, {}
+        self.clear()
+        self.inputs = args, kwargs
 
     def clear(self) -> None:
-        self.inputs, self.outputs, self.versions = None, {}, {}
+        self.inputs, self.outputs, self.versions, self.answered = None, {}, {}, False
 
     def keep(self, name: str, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -124,16 +140,23 @@ class Caught:
             self.versions[name] = {id(x): x._version for x in _tensors(output) if not x.is_inference()}
         self.outputs[name] = output
 
+    def has_graph(self) -> bool:
+        """Whether what the network itself put out has a gradient."""
+        return any(x.requires_grad for x in _tensors(self.outputs.get("")))
+
     def map(self, name: str) -> torch.Tensor:
         """The map [B, C, *S] of a layer; of the network itself by ""."""
         if name not in self.outputs:
             raise RuntimeError(
-                f"{self.whose}: the layer {name!r} did not run with the network; name one that does, and compile a network "
-                "after the distiller is made, not before"
+                f"{self.whose}: the layer {name!r} did not run with the network; name one that does; replace layers (as SyncBatchNorm "
+                "does) before the distiller is made and compile a network after it; torch._dynamo.reset() drops what was compiled for "
+                "another network of the same class"
             )
-        images = next((x for x in self.inputs[0] if isinstance(x, torch.Tensor)), None) if self.inputs else None
+        inputs = (*self.inputs[0], *self.inputs[1].values()) if self.inputs else ()
+        images = next((x for x in inputs if isinstance(x, torch.Tensor)), None)
         found = finest(self.outputs[name], images.dim() if images is not None and not name else None)
         if not torch.compiler.is_compiling():
+            self._warn_of_equals(name, found)
             before = self.versions.get(name, {}).get(id(found))
             if before is not None and found._version != before:
                 self._warn(
@@ -143,6 +166,14 @@ class Caught:
                 )
         # of a tensor that carries more, as MONAI's with its affine, the values
         return found if type(found) is torch.Tensor else torch.Tensor.as_subclass(found, torch.Tensor)
+
+    def _warn_of_equals(self, name: str, found: torch.Tensor) -> None:
+        output = self.outputs[name]
+        if isinstance(output, list | tuple) and sum(x.shape == found.shape for x in _maps(output)) > 1:
+            self._warn(
+                name,
+                f"gave several maps of {tuple(found.shape)}, of which the first is compared; name the layer of another",
+            )
 
     def _warn(self, name: str, what: str) -> None:
         if (name, what) not in self.warned:
