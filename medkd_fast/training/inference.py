@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
@@ -30,7 +31,8 @@ def predict_logits(
 ) -> Tensor:
     """Logits [K + 1, D, H, W] float32, on the CPU, of a prepared image [C, D, H, W].
 
-    dims: 2 takes the image slice by slice, with windows `patch` = (H, W); 3 takes windows (D, H, W). A smaller image is padded.
+    dims: 2 takes the image slice by slice, with windows `patch` = (H, W); 3 takes windows (D, H, W). A smaller image is
+    padded with its lowest intensity.
     overlap: share of a window that its neighbour covers too; windows weigh in with a Gaussian, so that their borders count
     less. batch_size: windows a forward. device: where the network runs and is. progress: a bar, for one large volume.
 
@@ -59,11 +61,23 @@ def predict_logits(
     def logits(windows: Tensor) -> Tensor:
         return finest(network(windows), windows.dim()).float()
 
+    def answered(x: Tensor) -> Tensor:
+        """Of [B, C, *S]. What is missing of a window has the image's lowest intensity, as in training."""
+        room = [
+            (p // 2 - n // 2, p - n - (p // 2 - n // 2)) if p > n else (0, 0)
+            for n, p in zip(x.shape[2:], patch, strict=True)
+        ]
+        pads = [size for before_and_after in reversed(room) for size in before_and_after]
+        lowest = x.amin(tuple(range(2, x.dim())), keepdim=True)
+        found = window(F.pad(x - lowest, pads) + lowest, logits) if any(pads) else window(x, logits)
+        inside = (slice(before, before + n) for (before, _), n in zip(room, x.shape[2:], strict=True))
+        return found[(slice(None), slice(None), *inside)]
+
     if dims == 3:
-        return window(image[None], logits)[0]
+        return answered(image[None])[0]
     # a few slices at a time: all of them at once would hold every window of the volume
     slices = image.transpose(0, 1).split(batch_size)  # [batch_size, C, H, W] each
-    return torch.cat([window(s, logits) for s in track(slices, "slices", show=progress)]).transpose(0, 1)
+    return torch.cat([answered(s) for s in track(slices, "slices", show=progress)]).transpose(0, 1)
 
 
 def check_logits(logits: Tensor, case: str) -> None:

@@ -23,7 +23,7 @@ from medkd_fast.training.inference import predict_logits
 if TYPE_CHECKING:
     from medkd_fast.training.runs import Trained
 
-VERSION = 1  # of what this file computes: another number, another cache
+VERSION = 2  # of what this file computes: another number, another cache
 OVERLAP = 0.5
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from monai.networks.nets import BasicUNet
 from torch import nn
 
+from medkd_fast.training.data.sampling import crop
 from medkd_fast.training.inference import predict_logits
 
 
@@ -33,6 +36,25 @@ def test_a_2d_network_sees_each_slice_alone():
     with torch.no_grad():
         for index in range(5):
             torch.testing.assert_close(found[:, index], network(image[:, index][None])[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dims", "patch"), [(2, (16, 16)), (3, (16, 16, 16))])
+def test_what_a_volume_lacks_of_a_window_is_as_in_training(dims, patch):
+    seen = []
+
+    def network(windows):
+        seen.append(windows)
+        return torch.cat([windows, -windows], 1)
+
+    image = torch.full((1, 16 if dims == 2 else 5, 10, 13), -1.0)
+    image[:, 3, 4:7, 4:9] = 1.5
+    mask = torch.zeros(image.shape, dtype=torch.uint8)
+    logits = predict_logits(network, image, dims=dims, patch=patch, batch_size=1)
+    torch.testing.assert_close(logits, torch.cat([image, -image]))
+    size = patch if dims == 3 else (1, *patch)
+    volume = SimpleNamespace(image=image, mask=mask)
+    want, _ = crop(volume, [3 if dims == 2 else 2, 5, 6], size, 0)
+    assert torch.equal(seen[3 if dims == 2 else 0].reshape(want.shape), want)
 
 
 def test_windows_meet_without_a_seam():

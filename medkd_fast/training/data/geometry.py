@@ -68,7 +68,8 @@ def resample(
 
     size: (rows, columns) in place of the y and x of `spacing`. An axis that keeps its spacing keeps its voxels. Where a
     spacing does not divide the extent, the new grid is the smallest that covers it.
-    Images are smoothed to a coarser resolution and interpolated linearly; labels take the nearest neighbour.
+    Images are smoothed to a coarser resolution and interpolated linearly; of labels the one with the largest linear weight is taken.
+    (The nearest neighbour of a new voxel between two old ones would be the same side's everywhere, and move all labels by half a voxel.)
 
     >>> small = resample(sitk.Image(8, 8, 3, sitk.sitkFloat32), size=(4, 4))
     >>> small.GetSize(), small.GetSpacing(), small.GetOrigin()
@@ -98,7 +99,7 @@ def resample(
         image,
         new_size,
         sitk.Transform(3, sitk.sitkIdentity),
-        sitk.sitkNearestNeighbor if labels else sitk.sitkLinear,
+        sitk.sitkLabelLinear if labels else sitk.sitkLinear,
         image.TransformContinuousIndexToPhysicalPoint(first),
         new_spacing,
         image.GetDirection(),

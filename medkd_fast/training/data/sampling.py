@@ -176,7 +176,7 @@ class Draws(Dataset[tuple[Tensor, ...]]):
         turn, place = divmod(count, len(self.units))
         if self.order is None or self.order[0] != turn:
             # another sequence than that of any position
-            random = np.random.default_rng([self.seed, turn, 0, 0])
+            random = np.random.default_rng([self.seed, turn, 0, 1])  # zeros at the end would not count
             self.order = turn, random.permutation(len(self.units))
         return self.units[self.order[1][place]]
 
@@ -237,7 +237,8 @@ def class_places(mask: np.ndarray, num_classes: int) -> dict[int, np.ndarray]:
     for c in range(1, num_classes):
         found = labelled[values == c]
         if found.size:
-            places[c] = found[:: -(-found.size // VOXELS_KEPT)]
+            kept = min(found.size, VOXELS_KEPT)
+            places[c] = found[np.linspace(0, found.size - 1, kept).round().astype(np.int64)]
     return places
 
 

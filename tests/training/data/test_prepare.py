@@ -423,3 +423,19 @@ def test_blocks_of_one_volume_are_read_together(tmp_path, ct, label, monkeypatch
     volumes = prepare(replace(dataset, cases=blocks), KEEP)
     assert next(calls) == 1
     np.testing.assert_array_equal(torch.cat([v.label[0] for v in volumes.values()]), classes(label)[:12])
+
+
+@pytest.mark.parametrize("factor", [2, 4, 0.5, 3])
+def test_labels_stay_where_they_are_when_the_grid_changes(factor):
+    """Also where every new voxel lies between two old ones: by nearest neighbours they move by half a voxel."""
+    z, y, x = np.mgrid[:40, :40, :40]
+    ball = ((z - 19.3) ** 2 + (y - 20.1) ** 2 + (x - 18.6) ** 2 < 12**2).astype(np.uint8)
+    label = sitk.GetImageFromArray(ball)
+    found = resample(label, spacing=(factor,) * 3, labels=True)
+
+    def middle(image):
+        places = np.argwhere(sitk.GetArrayFromImage(image) == 1).mean(0)
+        return np.array(image.TransformContinuousIndexToPhysicalPoint(places[::-1].tolist()))
+
+    assert set(np.unique(sitk.GetArrayFromImage(found))) == {0, 1}
+    assert np.abs(middle(found) - middle(label)).max() < 0.1 * factor
