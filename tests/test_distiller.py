@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -312,6 +314,183 @@ def test_a_trainer_that_calls_the_student_itself() -> None:
         kd.eval()(images)
         assert not kd._of_teachers[0].outputs  # predicting costs no teacher
         assert kd.loss(labels) > 0
+
+
+def two_students() -> tuple[Net, Net, Net]:
+    teacher, student = pair()
+    return teacher, student, copy.deepcopy(student)
+
+
+def skipped(images: torch.Tensor, others: torch.Tensor, labels: torch.Tensor) -> tuple[Net, Net, torch.Tensor]:
+    """A step whose loss nobody asks for, and then validation."""
+    teacher, student, _ = two_students()
+    kd = Distiller(teacher, student, [Term("kd")])
+    kd(others)
+    kd.eval()
+    kd(images)
+    return teacher, student, kd.loss(labels)
+
+
+def asked_by_the_user(
+    images: torch.Tensor, others: torch.Tensor, labels: torch.Tensor
+) -> tuple[Net, Net, torch.Tensor]:
+    teacher, student, _ = two_students()
+    kd = Distiller(teacher, student.eval(), [Term("kd")])
+    kd(images)
+    student.zero_grad()
+    with torch.no_grad():
+        teacher(others)
+    return teacher, student, kd.loss(labels)
+
+
+def together(images: torch.Tensor, others: torch.Tensor, labels: torch.Tensor) -> tuple[Net, Net, torch.Tensor]:
+    """Two students of one teacher."""
+    teacher, student, other = two_students()
+    first, second = (Distiller(teacher, x.eval(), [Term("kd")]) for x in (student, other))
+    first(images)
+    second(others)
+    return teacher, student, first.loss(labels)
+
+
+def in_turn(images: torch.Tensor, others: torch.Tensor, labels: torch.Tensor) -> tuple[Net, Net, torch.Tensor]:
+    teacher, student, other = two_students()
+    first, second = (Distiller(teacher, x, [Term("kd")]) for x in (other, student))
+    other(others)
+    first.loss(labels)
+    student(images)
+    return teacher, student, second.loss(labels)
+
+
+def failed(images: torch.Tensor, others: torch.Tensor, labels: torch.Tensor) -> tuple[Net, Net, torch.Tensor]:
+    """A loss that raised."""
+    teacher, student, _ = two_students()
+    kd = Distiller(teacher, student, [Term("kd")])
+    student(others)
+    with pytest.raises(TypeError, match="want integer labels"):
+        kd.loss(labels.double())
+    student(images)
+    return teacher, student, kd.loss(labels)
+
+
+@pytest.mark.parametrize("run", [skipped, asked_by_the_user, together, in_turn, failed])
+def test_a_student_is_compared_with_the_teacher_on_its_own_images(run) -> None:
+    images, labels = batch()
+    teacher, student, value = run(images, torch.randn(2, 1, 8, 8), labels)
+    with torch.no_grad():
+        assert_close(value, losses.KDLoss()(student(images), teacher(images), labels), 1e-6)
+
+
+def test_a_student_without_a_graph_is_told() -> None:
+    teacher, student = pair()
+    images, labels = batch()
+    kd = Distiller(teacher, student, [Term("kd")])
+    with torch.no_grad():
+        kd(images)
+    with pytest.raises(ValueError, match="student: its output came without a gradient"):
+        kd.loss(labels)
+    with torch.no_grad():
+        kd(images)
+        assert kd.loss(labels) > 0
+    kd.eval()
+    with torch.no_grad():
+        kd(images)
+    assert kd.loss(labels) > 0
+
+
+def test_a_dry_run_of_one_image() -> None:
+    """Statistics of a batch take two where a map has one pixel. One that fails leaves those that there were."""
+
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.BatchNorm2d(1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Conv2d(1, CLASSES, 1))
+
+    student = network()
+    Distiller(network(), student, [Term("kd")], example=batch()[0][:1])
+    assert student[0].num_batches_tracked == 0
+    with pytest.raises(RuntimeError, match="expected input"):
+        Distiller(Net(4), nn.Sequential(student[0], nn.Conv2d(2, CLASSES, 1)), [Term("kd")], example=batch()[0])
+    assert student[0].num_batches_tracked == 0
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    loss: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "give",
+    [lambda coarse, logits: Output(logits, logits.sum()), lambda coarse, logits: {"loss": logits.sum()}],
+    ids=["a dataclass", "no map"],
+)
+def test_terms_on_layers_need_no_map_of_the_network(give) -> None:
+    teacher, student = pair()
+    student.give = teacher.give = give
+    kd = Distiller(
+        teacher, student, [Term("at", "decoder.0"), Term(losses.IFVDLoss(CLASSES), "decoder.1")], example=batch()[0]
+    )
+    images, labels = batch()
+    kd(images)
+    value = kd.loss(labels)
+    value.backward()
+    assert value > 0 and student.stem[0].weight.grad.abs().sum() > 0
+
+
+def test_of_equal_outputs_the_first_is_taken_and_told() -> None:
+    teacher, student = pair()
+    student.give = lambda coarse, logits: [logits, 2 * logits]
+    kd = Distiller(teacher, student, [Term("kd")])
+    images, labels = batch()
+    for times in (1, 0):  # once
+        kd(images)
+        with warnings.catch_warnings(record=True) as told:
+            value = kd.loss(labels)
+        assert len(told) == times and all("gave several maps of (2, 4, 8, 8)" in str(x.message) for x in told)
+    with torch.no_grad():
+        want = losses.KDLoss()(student(images)[0], teacher(images), labels)
+    assert_close(value, want, 1e-6)
+
+
+def test_of_several_labels_the_finest() -> None:
+    images, labels = batch()
+    teacher, student = pair()
+    kd = Distiller(teacher, student, [Term("dkd")])
+    kd(images)
+    want = kd.loss(labels)
+    for several in ([labels[:, ::2], labels], [labels[:, None], labels[:, None, ::2, ::2]]):
+        kd(images)
+        assert kd.loss(several) == want
+
+
+def test_stacked_outputs_of_images_by_name() -> None:
+    images, labels = batch()
+    teacher, student = pair()
+    student.give = teacher.give = lambda coarse, logits: torch.stack([logits, logits * 0], 1)
+    kd = Distiller(teacher, student, [Term("kd")])
+    kd(images)
+    want = kd.loss(labels)
+    kd(images=images)
+    assert kd.loss(labels) == want
+
+
+def test_hooks_go_with_the_distiller_and_when_it_cannot_be_made() -> None:
+    teacher, student = pair()
+    kd = Distiller(teacher, student, terms())
+    del kd
+    gc.collect()
+    with pytest.raises(RuntimeError, match="ScriptModules"):
+        Distiller(torch.jit.script(nn.Conv2d(1, CLASSES, 1)), student, [Term("kd")])
+    for network in (teacher, student):
+        for module in network.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_every_name_of_a_layer() -> None:
+    teacher, student = pair()
+    student.another = student.decoder[1]
+    kd = Distiller(nn.ModuleList([teacher]), student, [Term("at", "another", "decoder.1")])
+    images, labels = batch()
+    kd(images)
+    assert kd.loss(labels) > 0
 
 
 def test_hooks_go_when_it_closes() -> None:
