@@ -11,8 +11,10 @@ import SimpleITK as sitk
 
 from medkd_fast.training.bars import track
 from medkd_fast.training.data.dataset import Case
+from medkd_fast.training.data.layouts.dicom import is_dicom
 from medkd_fast.training.data.layouts.nnunet import CHANNEL
 from medkd_fast.training.data.prepare import prepare_case, to_source
+from medkd_fast.training.data.read import shown, utf8
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import read_json, sha256, write_atomically, write_json
 from medkd_fast.training.finish import best_device
@@ -65,7 +67,7 @@ def predict_run(run: Path, source: Path, out: Path) -> list[Outcome]:
         except Exception as error:  # noqa: BLE001 one bad file must not take the others with it
             reason = " ".join(str(error).split()) or type(error).__name__
             outcomes.append(Outcome(case.name, file, error=reason))
-            print(f"medkd-fast: {case.name} failed: {reason}", file=sys.stderr)
+            print(f"medkd-fast: {shown(case.name)} failed: {reason}", file=sys.stderr)
     return outcomes
 
 
@@ -129,12 +131,16 @@ def _is_image(file: Path, suffixes: Sequence[str]) -> bool:
 
 def _is_series(folder: Path) -> bool:
     """Whether a folder holds a DICOM series; ITK's warning that it does not is no news."""
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    try:
+        name = utf8(folder)
+    except WrongUse:  # for reading it to say
+        return any(is_dicom(file) for file in folder.iterdir())
+    warns = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
-        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+        return bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(name))
     finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+        sitk.ProcessObject.SetGlobalWarningDisplay(warns)
 
 
 def _outputs(cases: Sequence[Case], out: Path) -> list[Path]:

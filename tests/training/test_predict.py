@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import locale
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor, nn
 
+from medkd_fast import cli
 from medkd_fast.cli import main
 from medkd_fast.training.data.dataset import Case
 from medkd_fast.training.errors import WrongUse
@@ -136,6 +140,20 @@ def test_a_dicom_series_and_a_slice(teacher, tmp_path):
     (outcome,) = predict_run(teacher, tmp_path / "flat.mha", tmp_path / "flat.nii.gz")
     assert outcome.error is None
     assert sitk.ReadImage(str(tmp_path / "flat.nii.gz")).GetSize() == (24, 20)
+
+
+def test_a_folder_whose_name_is_not_utf_8_fails_alone(teacher, tmp_path):
+    images = tmp_path / "images"
+    for name in (b"M\xfcller", b"M\xfcller's notes"):
+        (images / os.fsdecode(name)).mkdir(parents=True)
+    (images / os.fsdecode(b"M\xfcller") / "0.dcm").write_bytes(b"")
+    sitk.WriteImage(image_of(block()), str(images / "a.nii.gz"))
+    command = [sys.executable, "-m", cli.__name__, "predict", str(teacher), str(images), str(tmp_path / "out")]
+    # on its own: ITK would end the process
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "1 predicted, 0 there already, 1 failed" in done.stdout
+    assert f"M\\xfcller failed: the name {images}/M\\xfcller is not UTF-8: rename it" in done.stderr
+    assert (tmp_path / "out" / "a.nii.gz").exists()
 
 
 def test_channels_are_files_with_a_number(tmp_path, capsys):
