@@ -345,10 +345,11 @@ def _screen(record: Mapping[str, Any]) -> Table:
 
 
 def _table_cells(record: Mapping[str, Any]) -> list[list[str]]:
-    def spread(of: Mapping[str, Any], digits: int) -> str:
+    def spread(of: Mapping[str, Any], digits: int, seeds: int) -> str:
         if of["mean"] is None:
             return "-"
-        return f"{of['mean']:.{digits}f}" + ("" if of["sd"] is None else f" ± {of['sd']:.{digits}f}")
+        fewer = f" (n = {of['n']})" if of["n"] < seeds else ""  # in the others all was missed
+        return f"{of['mean']:.{digits}f}" + ("" if of["sd"] is None else f" ± {of['sd']:.{digits}f}") + fewer
 
     def number(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:,.{digits}f}"
@@ -357,8 +358,8 @@ def _table_cells(record: Mapping[str, Any]) -> list[list[str]]:
         [
             name,
             str(len(of["cells"])),
-            *(spread(of[m], 3 if m == "dice" else 1) for m in MEASURES),
-            spread(of["n_missed"], 1),
+            *(spread(of[m], 3 if m == "dice" else 1, len(of["cells"])) for m in MEASURES),
+            spread(of["n_missed"], 1, len(of["cells"])),
             number(of["parameters"], 0),
             "" if of["macs"] is None else f"{of['macs'] / 1e6:,.0f} M",
             *(number(of[k], 1) for k in ("step_ms", "loss_ms")),

@@ -76,6 +76,16 @@ def test_figures_are_the_cells_own(compared):
         assert imread(out / name).std() > 0.05
 
 
+def test_a_mean_over_fewer_seeds_says_so():
+    def scores(hd95: float | None) -> dict:
+        mean = {"dice": 0.5, "hd95": hd95, "assd": None, "n_valid": 1, "n_missed": 0, "n_false": 0}
+        return {"mean": mean, "classes": {}, "parameters": 1, "macs": 1}
+
+    of = {"failed": {}, **module._scores({s: scores(v) for s, v in enumerate((10.0, None, 20.0))})}
+    page = module.markdown({"data": "x", "notes": [], "networks": {"student": of}})
+    assert "| student | 3 | 0.500 ± 0.000 | 15.0 ± 7.1 (n = 2) | - | 0.0 ± 0.0 |" in page
+
+
 def test_costs_of_every_student(compared):
     _, record = compared
     plain, helped = (record["networks"][n] for n in ("student", "student + cpkd:0.2"))

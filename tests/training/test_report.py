@@ -37,6 +37,8 @@ def page(teacher, config, tmp_path_factory) -> Path:
     out = folder / "compare"
     compare(config.resolved(epochs=1, steps=2), teacher, parse_methods("kd"), out, seeds=1)
     record = read_json(out / "compare.json")
+    student = record["networks"]["student"]
+    student["cells"], student["hd95"] = student["cells"] * 3, {"mean": 15.0, "sd": 7.1, "n": 2}
     record["networks"]["student + KD"]["failed"] = {"7": "<script>alert(1)</script> & so on"}
     write_json(out / "compare.json", record)
     arguments = [str(folder / "a" / "teacher"), str(folder / "b" / "teacher"), str(out)]
@@ -61,6 +63,7 @@ def test_the_page_holds_everything(page):
     assert "Content-Security-Policy" in text and "default-src &#39;none&#39;" not in text
     dice = read_json(page.parent / "a" / "teacher" / "scores.json")["classes"]["liver"]["dice"]
     assert f"<td>{dice:.3f}</td>" in text
+    assert "<td>3</td>" in text and '<td>15.0 <span class="spread">± 7.1</span> (n = 2)</td>' in text
 
 
 def test_wrong_use(teacher, tmp_path, capsys):
