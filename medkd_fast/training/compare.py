@@ -208,9 +208,10 @@ def _record(
         f"Every student was trained for {config.epochs * config.steps} steps of {config.batch_size} inputs of {size}; its score is "
         "what that gives, not what the network can reach."
     )
+    teacher = f"the checkpoint {trained.checkpoint.name} of one run" if trained.named else "one run"
     spread = (
         f"Mean ± standard deviation (n - 1) over {len(seeds)} seeds of the student, which decide first weights, order of the "
-        "draws and augmentation. The teacher is one run. All students have the same cases, steps and learning rate."
+        f"draws and augmentation. The teacher is {teacher}. All students have the same cases, steps and learning rate."
     )
     limits = (
         "Weights of the losses are defaults, or what the name of a method says; none was tuned here. Spread over seeds is not "

@@ -46,7 +46,7 @@ def evaluate_run(
     if folder:
         check_writable(folder)  # before the work
     evaluation, seen, volumes = score(trained, dataset, names, protocol=protocol)
-    print_scores({trained.name: entry_of(trained, evaluation)}, caveats([evaluation], notes_of(dataset)))
+    print_scores({trained.name: entry_of(trained, evaluation)}, caveats([evaluation], notes_of(dataset, trained)))
     if not folder:
         print(f"{run} is a checkpoint: no scores are written; name a folder with --out")
         return evaluation
@@ -128,7 +128,7 @@ def about(trained: Trained, dataset: Dataset, side: str) -> dict[str, Any]:
         "parameters": parameter_count(trained.network),
         "macs": macs_of(trained),
         "epochs": trained.epochs,
-        "notes": notes_of(dataset),
+        "notes": notes_of(dataset, trained),
     }
 
 
@@ -156,7 +156,10 @@ def overlay_rows(seen: Mapping[str, Mapping[str, Tensor]], volumes: Mapping[str,
     return rows
 
 
-def notes_of(dataset: Dataset) -> list[str]:
+def notes_of(dataset: Dataset, trained: Trained | None = None) -> list[str]:
+    """What a data set says of itself, and whose weights were scored: without `trained` the last ones of several runs."""
+    if trained and trained.named:
+        return [*dataset.notes, f"Weights of the checkpoint {trained.checkpoint.name}."]
     return [*dataset.notes, "Last weights of each run; none was chosen by its test score."]
 
 

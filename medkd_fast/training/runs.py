@@ -104,7 +104,8 @@ class Trained:
     """A trained network and what it needs to be used: in eval mode, on the CPU.
 
     config: with every choice made. classes: {1..K: name}. content: digests of the split's cases, by `content_of`; None in
-    older runs. name: of the run's folder, or of the checkpoint. epochs: trained.
+    older runs. name: of the run's folder, or of the checkpoint. named: whether a checkpoint was asked for, not a folder.
+    epochs: trained.
     """
 
     network: nn.Module
@@ -116,6 +117,7 @@ class Trained:
     ignore_label: int | None
     name: str
     checkpoint: Path
+    named: bool
     epochs: int
 
     @property
@@ -373,6 +375,7 @@ def load_run(path: Path) -> Trained:
         ignore_label=about["ignore_label"],
         name=path.name if path.is_dir() else path.stem,
         checkpoint=checkpoint,
+        named=path.is_file(),
         epochs=content["epoch"] + 1,
     )
 

@@ -14,6 +14,7 @@ from medkd_fast.cli import main
 from medkd_fast.training import compare as module
 from medkd_fast.training.compare import compare, parse_methods
 from medkd_fast.training.config import read_yaml
+from medkd_fast.training.data.dataset import open_dataset
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.runs import load_run
 
@@ -84,6 +85,15 @@ def test_a_mean_over_fewer_seeds_says_so():
     of = {"failed": {}, **module._scores({s: scores(v) for s, v in enumerate((10.0, None, 20.0))})}
     page = module.markdown({"data": "x", "notes": [], "networks": {"student": of}})
     assert "| student | 3 | 0.500 ± 0.000 | 15.0 ± 7.1 (n = 2) | - | 0.0 ± 0.0 |" in page
+
+
+def test_the_note_names_a_teacher_that_is_a_checkpoint(compared, teacher):
+    out, record = compared
+    assert any("The teacher is one run." in note for note in record["notes"])
+    best = load_run(teacher / "checkpoints" / "best.ckpt")
+    cells = [module.Cell("student", 5, best.config, out / "student" / "seed-5")]
+    notes = module._record(cells, {}, open_dataset(best.config.data), out, best)["notes"]
+    assert any("The teacher is the checkpoint best.ckpt of one run." in note for note in notes)
 
 
 def test_costs_of_every_student(compared):

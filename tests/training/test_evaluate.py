@@ -162,6 +162,7 @@ def test_the_command(teacher, small_csv, tmp_path, capsys):
         assert words in screen
     record = json.loads((run / "scores.json").read_text())
     assert set(record["cases"]) == {"case4", "case5"} and record["split"] == "test" and record["parameters"] > 1000
+    assert record["notes"][-1] == "Last weights of each run; none was chosen by its test score."
     with (run / "scores.csv").open(newline="") as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["spleen", "gallbladder", "liver", "aorta", "mean"]
     assert imread(run / "overlay.png").std() > 0.05 and imread(run / "curves.png").std() > 0.05
@@ -173,11 +174,14 @@ def test_the_command(teacher, small_csv, tmp_path, capsys):
     other = json.loads((run / "scores-validation-transunet.json").read_text())
     assert set(other["cases"]) == {"case3"} and other["protocol"] == "transunet"
     assert (run / "scores.json").read_text() == before
-    checkpoint = next(run.glob("checkpoints/*.ckpt"))
+    checkpoint = run / "checkpoints" / "best.ckpt"
     assert main(["evaluate", str(checkpoint)]) == 0
-    assert f"{checkpoint} is a checkpoint: no scores are written; name a folder with --out" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert f"{checkpoint} is a checkpoint: no scores are written; name a folder with --out" in screen
+    assert "Weights of the checkpoint best.ckpt." in screen and "Last weights" not in screen
     assert main(["evaluate", str(checkpoint), "--out", str(tmp_path / "elsewhere")]) == 0
-    assert (tmp_path / "elsewhere" / "scores.json").exists()
+    record = json.loads((tmp_path / "elsewhere" / "scores.json").read_text())
+    assert record["notes"][-1] == "Weights of the checkpoint best.ckpt."
     capsys.readouterr()
     assert main(["evaluate", str(run), "--split", "tset"]) == 2
     assert "unknown split 'tset': choose from test, validation, train, all" in capsys.readouterr().err
