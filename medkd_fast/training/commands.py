@@ -266,7 +266,8 @@ def export(
 ) -> None:
     """Write the trained network alone to a file, and check on a real volume that the file computes the same.
 
-    ONNX files are checked with onnxruntime. Any batch; any size that is a multiple of what the command prints.
+    ONNX files are checked with onnxruntime. Any batch; any size that is a multiple of what the command prints; where the
+    network's padding depends on the size, the patch alone.
 
     Example: medkd-fast export runs/student --format onnx
     """
@@ -275,7 +276,8 @@ def export(
     done = export_run(run, format=format, out=out, data=data)
     size = " x ".join(map(str, done.patch if done.multiples is None else done.multiples))
     print(f"{done.file}: any batch; sizes " + ("of " if done.multiples is None else "that are multiples of ") + size)
-    for windows, found in zip(("windows of the patch", "other windows"), done.differences, strict=False):
+    kinds = ("windows of the patch", "other windows", "a window of a third size")
+    for windows, found in zip(kinds, done.differences, strict=False):
         print(
             f"on {done.case}, {windows}: logits at most {found.logits:.2g} apart (the largest is {found.scale:.3g}), "
             f"another class in {found.voxels:.2%} of the voxels"

@@ -58,7 +58,7 @@ class Difference(NamedTuple):
 class Exported:
     """An exported run. multiples: what the sizes of its input must be multiples of; None where they are fixed to `patch`.
 
-    case: on whose volume it was checked. differences: first with windows of the patch, then of another size.
+    case: on whose volume it was checked. differences: with windows of the patch, of another size, and one of a third size.
     """
 
     file: Path
@@ -74,8 +74,10 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
     out: the file; without it RUN/student.onnx or .pt2 (of a checkpoint: beside it). data: another data set for the check. Beside
     the file goes one of the same name that ends in .json: what the input must be prepared like, and what the classes are.
 
+    A file that does not compute what the network does for other sizes is written again for the patch alone.
+
     Raises WrongUse where there is no run, format or data, where `out` cannot be written, or the file does not compute what the
-    network does; then it is removed.
+    network does for the patch either; then it is removed.
     """
     check_format(format)
     trained = load_run(run)
@@ -87,18 +89,22 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
     check_writable(file.parent)
     case = cases_of(trained, dataset, "test")[0]
     volume = prepare(dataset, trained.preprocessing, [case])[case]
-    with writing(file):
-        multiples = export_network(
-            trained.network, file, format=format, in_channels=len(trained.channels), patch=trained.patch
-        )
-    differences = compare_exported(file, trained.network, volume.image, patch=trained.patch, multiples=multiples)
-    for found in differences:
-        if not found.logits <= TOLERANCE * max(found.scale, 1):
-            file.unlink()
-            raise WrongUse(
-                f"the {format} file answers otherwise than the network on {case} (logits {found.logits:.3g} apart of "
-                f"{found.scale:.3g}): it was removed; try the other format"
+    network, channels = trained.network, len(trained.channels)
+    for any_size in (True, False):
+        with writing(file):
+            multiples = export_network(
+                network, file, format=format, in_channels=channels, patch=trained.patch, any_size=any_size
             )
+        differences, wrong = _check(file, network, volume.image, patch=trained.patch, multiples=multiples)
+        if not wrong:
+            break
+        file.unlink()
+        if multiples is None:
+            raise WrongUse(
+                f"the {format} file answers otherwise than the network on {case} ({wrong}): it was removed; try the other "
+                "format"
+            )
+        log.debug("not for any size: %s", wrong)
     about = {
         "input": [
             INPUT,
@@ -124,11 +130,12 @@ def names_of(dims: int) -> list[str]:
 
 
 def export_network(
-    network: nn.Module, file: Path, *, format: str, in_channels: int, patch: Sequence[int]
+    network: nn.Module, file: Path, *, format: str, in_channels: int, patch: Sequence[int], any_size: bool = True
 ) -> tuple[int, ...] | None:
     """Write a network to `file`, whole or not at all. Its input is [batch, in_channels, *sizes], of any batch.
 
-    format: "onnx" or "torch-export". patch: the window that the network was trained on.
+    format: "onnx" or "torch-export". patch: the window that the network was trained on. any_size: without it for the patch
+    alone, as a network needs whose padding depends on the size: tracing may write down what one size asks for.
     Returns what the sizes must be multiples of: powers of two, at most 32, that divide the patch; None where the network takes
     no other size than the patch, or tracing could not see that it does.
 
@@ -136,7 +143,7 @@ def export_network(
     """
     check_format(format)
     module = Logits(network).eval()
-    program, multiples = _trace(module, in_channels, tuple(patch))
+    program, multiples = _trace(module, in_channels, tuple(patch), any_size=any_size)
     if format == "torch-export":
         content = io.BytesIO()
         torch.export.save(program, content)  # into a file on a full disk it would end the process
@@ -160,7 +167,9 @@ def load_exported(file: Path) -> Callable[[Tensor], Tensor]:
     if file.suffix == SUFFIXES["onnx"]:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(os.fspath(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised
+        session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
         return lambda image: torch.from_numpy(session.run([OUTPUT], {INPUT: image.numpy()})[0])
     program = torch.export.load(file).module()
     return lambda image: program(image)
@@ -171,16 +180,21 @@ def compare_exported(
 ) -> list[Difference]:
     """Run the file and the network over a prepared volume [C, D, H, W], window by window, and say how far they differ.
 
-    First with windows of the patch; then, where other sizes are allowed, with windows of another size and another batch.
+    First with windows of the patch; then, where other sizes are allowed, with windows of another size and another batch, and
+    with one of a third size.
     """
     exported, dims = load_exported(file), len(patch)
-    windows = [(tuple(patch), 2)]
+    windows = [(tuple(patch), 2, image)]
     if multiples:
-        windows.append((tuple(p + m for p, m in zip(patch, multiples, strict=True)), 3))
+        windows.append((tuple(p + m for p, m in zip(patch, multiples, strict=True)), 3, image))
+        # every second axis is longer: what is padded along an axis may depend on whether its size is an odd multiple
+        third = tuple(p + 3 * m * (i % 2 == 0) for i, (p, m) in enumerate(zip(patch, multiples, strict=True)))
+        depth, height, width = (1, *third)[-3:]
+        windows.append((third, 1, image[:, :depth, :height, :width]))
     found = []
-    for window, batch in windows:
+    for window, batch, part in windows:
         answers = [
-            predict_logits(f, image, dims=dims, patch=window, batch_size=batch, overlap=0.25)
+            predict_logits(f, part, dims=dims, patch=window, batch_size=batch, overlap=0.25)
             for f in (network, exported)
         ]
         found.append(
@@ -193,8 +207,26 @@ def compare_exported(
     return found
 
 
+def _check(
+    file: Path, network: nn.Module, image: Tensor, *, patch: Sequence[int], multiples: Sequence[int] | None
+) -> tuple[list[Difference], str]:
+    """How far a file and the network differ, and what is wrong with that; nothing where they agree."""
+    try:
+        differences = compare_exported(file, network, image, patch=patch, multiples=multiples)
+    except Exception as error:  # noqa: BLE001 onnxruntime and torch have their own for a size that a file does not take
+        return [], _first_line(error)
+    for found in differences:
+        if not found.logits <= TOLERANCE * max(found.scale, 1):
+            return differences, f"logits {found.logits:.3g} apart of {found.scale:.3g}"
+    return differences, ""
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _trace(
-    module: nn.Module, in_channels: int, patch: tuple[int, ...]
+    module: nn.Module, in_channels: int, patch: tuple[int, ...], *, any_size: bool
 ) -> tuple[ExportedProgram, tuple[int, ...] | None]:
     batch = Dim("batch", min=1)
     multiples = tuple(max(m for m in (1, 2, 4, 8, 16, 32) if size % m == 0) for size in patch)
@@ -204,7 +236,8 @@ def _trace(
     sizes = {2 + i: m * Dim(name, min=1) for i, (name, m) in enumerate(zip(names, multiples, strict=True))}
     with _quiet():
         try:
-            return torch.export.export(module, (example,), dynamic_shapes=({0: batch, **sizes},)), multiples
+            if any_size:
+                return torch.export.export(module, (example,), dynamic_shapes=({0: batch, **sizes},)), multiples
         except Exception:
             log.debug("no program for any size", exc_info=True)  # the network may take its patch and nothing else
         try:
@@ -212,8 +245,7 @@ def _trace(
                 module, (torch.zeros(2, in_channels, *patch),), dynamic_shapes=({0: batch},)
             ), None
         except Exception as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise WrongUse(f"the network cannot be traced by torch.export: {reason}") from error
+            raise WrongUse(f"the network cannot be traced by torch.export: {_first_line(error)}") from error
 
 
 def _save_onnx(program: ExportedProgram, file: Path) -> None:

@@ -50,6 +50,52 @@ def test_a_file_that_computes_something_else_is_removed(run, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def padding(config, tmp_path_factory) -> Path:
+    """A run of a network that pads what it has halved, where a size is no multiple of 16."""
+    odd = config.resolved(patch=(24, 32), epochs=1, steps=1)
+    return fit(odd, tmp_path_factory.mktemp("padding") / "run")
+
+
+@pytest.mark.parametrize(("format", "name"), [("onnx", "student.onnx"), ("torch-export", "student.pt2")])
+def test_a_network_whose_padding_depends_on_the_size_is_written_for_its_patch(padding, format, name, capfd):
+    assert main(["export", str(padding), "--format", format]) == 0
+    said = capfd.readouterr()
+    assert "any batch; sizes of 24 x 32\n" in said.out and "other windows" not in said.out
+    assert "ExecuteKernel" not in said.err  # onnxruntime's remarks on the sizes that failed
+    about = json.loads((padding / "student.json").read_text())
+    assert about["sizes_are_multiples_of"] is None and about["input"][1] == ["batch", 1, 24, 32]
+    image = torch.rand(3, 1, 24, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_exported(padding / name)(image), load_run(padding).network(image), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_file_that_fails_for_its_patch_is_removed(run, tmp_path, monkeypatch, capsys):
+    def failing(image: Tensor) -> Tensor:
+        raise RuntimeError("\nPad node\nof shape 3")
+
+    monkeypatch.setattr(module, "load_exported", lambda file: failing)
+    assert main(["export", str(run), "--format", "torch-export", "--out", str(tmp_path / "a.pt2")]) == 2
+    assert "answers otherwise than the network on case4 (Pad node): it was removed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_third_size_is_checked(tmp_path):
+    """A file that is right where both axes are odd, or both even, multiples of 8, and nowhere else."""
+    network, file = nn.Conv2d(1, 3, 1).eval(), tmp_path / "a.pt2"
+
+    def exported(image: Tensor) -> Tensor:
+        height, width = (size // 8 % 2 for size in image.shape[2:])
+        return network(image) + (height != width)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_exported", lambda file: exported)
+        found = compare_exported(file, network, torch.rand(1, 3, 60, 60), patch=(40, 56), multiples=(8, 8))
+    assert [f.logits > 0.5 for f in found] == [False, False, True]
+
+
 @pytest.mark.parametrize(("format", "suffix"), [("onnx", ".onnx"), ("torch-export", ".pt2")])
 def test_a_full_disk_is_one_line_and_leaves_no_file(run, tmp_path, capsys, format, suffix):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
