@@ -68,8 +68,8 @@ def resample(
 
     size: (rows, columns) in place of the y and x of `spacing`. An axis that keeps its spacing keeps its voxels. Where a
     spacing does not divide the extent, the new grid is the smallest that covers it.
-    Images are smoothed to a coarser resolution and interpolated linearly; of labels the one with the largest linear weight is taken.
-    (The nearest neighbour of a new voxel between two old ones would be the same side's everywhere, and move all labels by half a voxel.)
+    Images are smoothed to a coarser resolution and interpolated linearly; of labels the one is taken that has the largest share after
+    the same. (The nearest neighbour of a new voxel between two old ones is the same side's everywhere, which moves all labels.)
 
     >>> small = resample(sitk.Image(8, 8, 3, sitk.sitkFloat32), size=(4, 4))
     >>> small.GetSize(), small.GetSpacing(), small.GetOrigin()
@@ -84,12 +84,13 @@ def resample(
     new_size = [max(1, math.ceil(n * o / s - 0.05)) for n, o, s in zip(old_size, old_spacing, new_spacing, strict=True)]
     if new_size == list(old_size) and np.allclose(new_spacing, old_spacing, rtol=1e-3):
         return image
-    if not labels:
-        for axis, (new, old) in enumerate(zip(new_spacing, old_spacing, strict=True)):
-            # half of a voxel's width of blur, less what the old voxels have of it; the recursive filter needs four voxels
-            sigma = math.sqrt(max(new**2 - old**2, 0.0)) / 2
-            if sigma > 0.2 * old and old_size[axis] >= 4:
-                image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
+    if labels:
+        return _largest_shares(image, spacing, size)
+    for axis, (new, old) in enumerate(zip(new_spacing, old_spacing, strict=True)):
+        # half of a voxel's width of blur, less what the old voxels have of it; the recursive filter needs four voxels
+        sigma = math.sqrt(max(new**2 - old**2, 0.0)) / 2
+        if sigma > 0.2 * old and old_size[axis] >= 4:
+            image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
     # the origin is the centre of the first voxel: put the middles of the grids, not the first voxels, in one place
     first = [
         (n - 1) / 2 - (m - 1) / 2 * s / o
@@ -99,13 +100,29 @@ def resample(
         image,
         new_size,
         sitk.Transform(3, sitk.sitkIdentity),
-        sitk.sitkLabelLinear if labels else sitk.sitkLinear,
+        sitk.sitkLinear,
         image.TransformContinuousIndexToPhysicalPoint(first),
         new_spacing,
         image.GetDirection(),
         0.0,
         image.GetPixelID(),
     )
+
+
+def _largest_shares(labels: sitk.Image, spacing: Sequence[float | None], size: Sequence[int] | None) -> sitk.Image:
+    """The label of which every new voxel has most, the smallest of equals; the voxels of each are resampled as an image."""
+    values = sitk.GetArrayViewFromImage(labels)
+    found = shares = np.zeros(0)
+    for i, value in enumerate(np.unique(values).tolist()):
+        resampled = resample(sitk.Cast(labels == value, sitk.sitkFloat32), spacing=spacing, size=size)
+        of_value = sitk.GetArrayFromImage(resampled)
+        if i == 0:
+            found, shares = np.full(of_value.shape, value, values.dtype), of_value
+        found[of_value > shares] = value
+        shares = np.maximum(shares, of_value)
+    image = sitk.GetImageFromArray(found)
+    image.CopyInformation(resampled)
+    return image
 
 
 def resample_onto(image: sitk.Image, grid: Geometry, *, labels: bool) -> sitk.Image:

@@ -27,7 +27,7 @@ from medkd_fast.training.errors import WrongUse
 
 __all__ = ["Preprocessing", "Volume", "plan", "prepare", "prepare_case", "source_label", "to_source", "volume_of"]
 
-VERSION = 4  # of what this file does to the voxels: another number, another cache
+VERSION = 5  # of what this file does to the voxels: another number, another cache
 BY_NAME = {"ct": "window", "nonorm": "none"}  # intensities by the channel's name, as in nnU-Net; others are z-scored
 ROUNDING = 1e-6  # of the mean: values that deviate by no more are one value, such as the 1 of a mask
 AIR = -500  # Hounsfield units: an image that goes below and whose channel does not say what it is, is a CT

@@ -439,3 +439,4 @@ def test_labels_stay_where_they_are_when_the_grid_changes(factor):
 
     assert set(np.unique(sitk.GetArrayFromImage(found))) == {0, 1}
     assert np.abs(middle(found) - middle(label)).max() < 0.1 * factor
+    assert (sitk.GetArrayFromImage(found) == 1).sum() * factor**3 == pytest.approx(ball.sum(), rel=0.06)
