@@ -20,8 +20,9 @@ class SDDLoss(common.DistillationLoss):
     the number of regions of all images, 21·N, not by the weights.
 
     Other codes: equal to the authors' with an image's label [N] and maps whose sides 4 divides; of others they take the means of 2×2
-    regions and of the whole map from the 4×4 means, which weighs some pixels more (pool both maps to 4×4 for the same). For segmentation a region's label is the majority of its pixels'
-    (the smaller label of equals), and the verdict on the whole map is the one against the majority of all.
+    regions and of the whole map from the 4×4 means, which weighs some pixels more (pool both maps to 4×4 for the same). For
+    segmentation a region's label is the majority of its pixels' (the smaller label of equals), and the verdict on the whole map is
+    the one against the majority of all.
 
     Weight: 1, with base "dkd" and beta up to 8; with this base the authors raise it from 0 over the first epochs.
 

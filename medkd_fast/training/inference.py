@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medkd_fast.layers import finest
 from medkd_fast.training.bars import track
+from medkd_fast.training.data.sampling import filled, window_at
 from medkd_fast.training.errors import WrongUse
 
 Network = Callable[[Tensor], Tensor]
@@ -63,15 +64,8 @@ def predict_logits(
 
     def answered(x: Tensor) -> Tensor:
         """Of [B, C, *S]. What is missing of a window has the image's lowest intensity, as in training."""
-        room = [
-            (p // 2 - n // 2, p - n - (p // 2 - n // 2)) if p > n else (0, 0)
-            for n, p in zip(x.shape[2:], patch, strict=True)
-        ]
-        pads = [size for before_and_after in reversed(room) for size in before_and_after]
-        lowest = x.amin(tuple(range(2, x.dim())), keepdim=True)
-        found = window(F.pad(x - lowest, pads) + lowest, logits) if any(pads) else window(x, logits)
-        inside = (slice(before, before + n) for (before, _), n in zip(room, x.shape[2:], strict=True))
-        return found[(slice(None), slice(None), *inside)]
+        _, room = window_at(x.shape[2:], [n // 2 for n in x.shape[2:]], patch)
+        return F.pad(window(filled(x, room), logits), [-size for size in room]) if any(room) else window(x, logits)
 
     if dims == 3:
         return answered(image[None])[0]

@@ -244,23 +244,28 @@ def class_places(mask: np.ndarray, num_classes: int) -> dict[int, np.ndarray]:
 
 def crop(volume: Volume, centre: Sequence[int], size: Sequence[int], outside: int) -> tuple[Tensor, Tensor]:
     """The patch (image [C, *size], label [1, *size] uint8) of a size around a voxel, filled where it leaves the volume."""
-    inside, room = _window(volume.image.shape[1:], centre, size)
+    inside, room = window_at(volume.image.shape[1:], centre, size)
     image, label = volume.image[inside], volume.mask[inside]
     if any(room):
-        lowest = image.amin(tuple(range(1, image.dim())), keepdim=True)
-        image = F.pad(image - lowest, room) + lowest
+        image = filled(image, room)
         label = F.pad(label, room, value=outside)
     return image, label
 
 
 def crop_map(x: Tensor, centre: Sequence[int], size: Sequence[int]) -> Tensor:
     """The same patch of a map [K, D, H, W], as float32; where it leaves the map, its border goes on."""
-    inside, room = _window(x.shape[1:], centre, size)
+    inside, room = window_at(x.shape[1:], centre, size)
     patch = x[inside].float()
     return F.pad(patch, room, mode="replicate") if any(room) else patch
 
 
-def _window(shape: Sequence[int], centre: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[int]]:
+def filled(image: Tensor, room: Sequence[int]) -> Tensor:
+    """An image [..., *S] with room around it, as `F.pad` wants it, of every channel's lowest intensity."""
+    lowest = image.amin(tuple(range(-(len(room) // 2), 0)), keepdim=True)
+    return F.pad(image - lowest, room) + lowest
+
+
+def window_at(shape: Sequence[int], centre: Sequence[int], size: Sequence[int]) -> tuple[tuple[slice, ...], list[int]]:
     """What of an array [C, *shape] a patch covers, and by how much it leaves it, as `F.pad` wants it."""
     inside, room = [slice(None)], []
     for c, n, p in zip(centre, shape, size, strict=True):
