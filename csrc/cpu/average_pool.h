@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "pool.h"
+#include "vector.h"
 
 namespace medkd {
 namespace MEDKD_ISA {
@@ -39,11 +40,41 @@ inline void add_line(const T* __restrict x, const uint8_t* __restrict counts, in
   }
 }
 
+// Sums of windows of two pixels along x that lie side by side and all count, at least as many as there are lanes: in registers.
+template <typename A>
+inline void add_pairs(const Pool& pool, const PoolPart& part, int64_t whole, const A* plane, A* sum) {
+  constexpr int64_t lanes = vector_lanes<A>;
+  for (int64_t next = 0; next < whole; next += lanes) {
+    const int64_t o = next < whole - lanes ? next : whole - lanes;  // some of the last ones once more
+    const A* begin = plane + 2 * (part.first + o);
+    Vector<A> low{}, high{};
+    over_lines(pool, part, [&](int64_t line, int64_t) {
+      low += load_loose(begin + line);
+      high += load_loose(begin + line + lanes);
+    });
+    A column[2 * lanes];
+    store_loose<A>(low, column);
+    store_loose<A>(high, column + lanes);
+    const Pairs<A> pairs = load_pairs(column);
+    store_loose<A>(pairs.first + pairs.second, sum + o);
+  }
+}
+
 // Sums of a part's windows, from those of their columns.
 template <bool masked, typename T, typename Sum>
 inline void add_windows(const Pool& pool, const PoolPart& part, const T* plane, const uint8_t* mask, Sum* __restrict sum) {
   const int64_t stride = pool.x.stride_n, width = pool.window[2], begin = part.first * width;
   const int64_t end = pool.size[2] - begin < part.count * width ? pool.size[2] : begin + part.count * width;
+  if constexpr (std::is_same_v<T, Sum> && !masked) {
+    const int64_t whole = (end - begin) / 2;
+    if (width == 2 && stride == 1 && whole >= vector_lanes<T>) {
+      add_pairs(pool, part, whole, plane, sum);
+      if (whole == part.count) return;
+      sum[whole] = Sum(0);
+      over_lines(pool, part, [&](int64_t line, int64_t) { sum[whole] += plane[line + end - 1]; });
+      return;
+    }
+  }
   for (int64_t o = 0; o < part.count; ++o) sum[o] = Sum(0);
   T room[pool_lanes];
   alignas(64) Sum column[pool_lanes];
