@@ -37,7 +37,8 @@ def digest_of_content(path: Path, cache: Path) -> str:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file())
     elif path.suffix.lower() in (".mhd", ".nhdr", ".hdr"):  # a header; its voxels lie beside it
-        files = sorted(p for p in path.parent.iterdir() if p.stem.split(".")[0] == path.stem.split(".")[0])
+        # by all of the header's name: one that is a UID has dots
+        files = sorted(p for p in path.parent.iterdir() if p.name.startswith(f"{path.stem}."))
     stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     note = cache / "digests" / digest(json.dumps(stats))
     try:

@@ -333,6 +333,19 @@ def test_voxels_beside_a_header_count(tmp_path, ct):
     assert not torch.equal(prepare(dataset, KEEP)["a"].image, first.image)
 
 
+def test_headers_whose_names_differ_after_a_dot_are_files_of_their_own(tmp_path, ct, label):
+    paths = [
+        (write(ct + i, tmp_path / f"1.3.6.{i}.mhd"), write(label * (i > 0), tmp_path / f"label.{i}.mhd"))
+        for i in range(3)
+    ]
+    cases = tuple(Case(image.stem, image.stem, (image,), mask) for image, mask in paths)
+    volumes = prepare(replace(one(tmp_path, ct, label), cases=cases), KEEP)
+    for i, volume in enumerate(volumes.values()):
+        expected = np.clip((sitk.GetArrayFromImage(ct) + i + 175.0) / 425, 0, 1)
+        np.testing.assert_allclose(volume.image[0], expected, atol=1e-6)
+        np.testing.assert_array_equal(volume.label[0], classes(label) * (i > 0))
+
+
 def test_a_torn_entry_is_made_again(tmp_path, ct, label):
     dataset = one(tmp_path, ct, label)
     first = prepare(dataset, KEEP)["a"]
