@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import write_atomically
@@ -83,10 +84,20 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Arrays, mapped into memory (what is written to them stays there), and facts; None where nothing whole is there."""
     try:
         facts = json.loads((folder / "facts.json").read_text())
-        return {p.stem: np.load(p, mmap_mode="c") for p in sorted(folder.glob("*.npy"))}, facts
+        return {p.stem: _mapped(p) for p in sorted(folder.glob("*.npy"))}, facts
     except (OSError, ValueError, EOFError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array in a file, copy-on-write. numpy's own maps keep their files open, and a process may often have 1024 of these."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    return content[start:].view(dtype).reshape(shape, order="F" if by_column else "C")
 
 
 def _not_writable(folder: Path, error: OSError) -> WrongUse:

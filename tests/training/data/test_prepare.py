@@ -401,6 +401,27 @@ def test_who_comes_second_keeps_what_is_there(tmp_path):
     assert load(tmp_path / "none") is None
 
 
+def test_what_is_mapped_holds_no_file_open(tmp_path, ct, label):
+    # a process may often have 1024 of them, and a data set more cases
+    prepare(one(tmp_path, ct, label), KEEP)
+    before = len(os.listdir("/proc/self/fd"))
+    volumes = [prepare(one(tmp_path, ct, label), KEEP)["a"] for _ in range(3)]
+    assert len(os.listdir("/proc/self/fd")) == before and torch.equal(volumes[0].label[0], torch.tensor(classes(label)))
+
+
+def test_arrays_of_any_layout_come_back_as_they_were(tmp_path):
+    from medkd_fast.training.data.cache import load, store
+
+    counted = np.arange(24.0).reshape(2, 3, 4)
+    arrays = {"rows": counted, "columns": np.asfortranarray(counted), "some": counted[:, ::2].T, "one": np.array(5.0)}
+    store(tmp_path / "k", arrays | {"bytes": np.arange(7, dtype=np.uint8), "none": np.zeros((0, 3))}, {})
+    found, _ = load(tmp_path / "k")
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape
+        np.testing.assert_array_equal(found[name], array)
+    assert found["bytes"].tolist() == list(range(7)) and found["none"].shape == (0, 3)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path, ct, label):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WrongUse, match="cannot be written .*: set MEDKD_FAST_CACHE to a folder with space"):
