@@ -6,6 +6,7 @@ what one process would.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -74,6 +75,8 @@ def train_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        # the default of Python 3.14 would send every worker a copy of all volumes
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )

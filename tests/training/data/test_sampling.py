@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 
 import numpy as np
@@ -41,6 +42,16 @@ def batches(loader) -> list[torch.Tensor]:
 
 def equal(a, b) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_workers_share_the_volumes_whatever_python_would_do(volumes, monkeypatch):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # as Python 3.14
+    try:
+        monkeypatch.setattr(type(volumes["a"]), "__reduce__", lambda self: pytest.fail("a copy"), raising=False)
+        assert equal(batches(loader(volumes, workers=2)), batches(loader(volumes)))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
