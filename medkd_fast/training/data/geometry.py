@@ -84,42 +84,61 @@ def resample(
     new_size = [max(1, math.ceil(n * o / s - 0.05)) for n, o, s in zip(old_size, old_spacing, new_spacing, strict=True)]
     if new_size == list(old_size) and np.allclose(new_spacing, old_spacing, rtol=1e-3):
         return image
-    if labels:
-        return _largest_shares(image, spacing, size)
-    for axis, (new, old) in enumerate(zip(new_spacing, old_spacing, strict=True)):
-        # half of a voxel's width of blur, less what the old voxels have of it; the recursive filter needs four voxels
-        sigma = math.sqrt(max(new**2 - old**2, 0.0)) / 2
-        if sigma > 0.2 * old and old_size[axis] >= 4:
-            image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
     # the origin is the centre of the first voxel: put the middles of the grids, not the first voxels, in one place
     first = [
         (n - 1) / 2 - (m - 1) / 2 * s / o
         for n, m, s, o in zip(old_size, new_size, new_spacing, old_spacing, strict=True)
     ]
+    origin = image.TransformContinuousIndexToPhysicalPoint(first)
+    return (_largest_shares if labels else _smoothed)(image, new_size, new_spacing, origin)
+
+
+def _smoothed(image: sitk.Image, size: Sequence[int], spacing: Sequence[float], origin: Sequence[float]) -> sitk.Image:
+    """The image on another grid of its direction, x first; 0 outside of its own."""
+    for axis, (count, old, new) in enumerate(zip(image.GetSize(), image.GetSpacing(), spacing, strict=True)):
+        # the recursive filter needs four voxels
+        if (sigma := _blur(old, new)) and count >= 4:
+            image = sitk.RecursiveGaussian(image, sigma=sigma, direction=axis)
     return sitk.Resample(
         image,
-        new_size,
+        size,
         sitk.Transform(3, sitk.sitkIdentity),
         sitk.sitkLinear,
-        image.TransformContinuousIndexToPhysicalPoint(first),
-        new_spacing,
+        origin,
+        spacing,
         image.GetDirection(),
         0.0,
         image.GetPixelID(),
     )
 
 
-def _largest_shares(labels: sitk.Image, spacing: Sequence[float | None], size: Sequence[int] | None) -> sitk.Image:
-    """The label of which every new voxel has most, the smallest of equals; the voxels of each are resampled as an image."""
+def _blur(old: float, new: float) -> float:
+    """Half of a new voxel's width, less what the old voxels have of it; 0 where that is next to nothing."""
+    sigma = math.sqrt(max(new**2 - old**2, 0.0)) / 2
+    return sigma if sigma > 0.2 * old else 0.0
+
+
+def _largest_shares(
+    labels: sitk.Image, size: Sequence[int], spacing: Sequence[float], origin: Sequence[float]
+) -> sitk.Image:
+    """The label of which every new voxel has most, the smallest of equals; the voxels of each are smoothed as an image."""
     values = sitk.GetArrayViewFromImage(labels)
-    found = shares = np.zeros(0)
+    # beyond four deviations there is next to nothing of a label; and the filter needs four voxels
+    room = [4 + math.ceil(4 * _blur(o, n) / o) for o, n in zip(labels.GetSpacing(), spacing, strict=True)]
+    found = most = np.zeros(0)
     for i, value in enumerate(np.unique(values).tolist()):
-        resampled = resample(sitk.Cast(labels == value, sitk.sitkFloat32), spacing=spacing, size=size)
-        of_value = sitk.GetArrayFromImage(resampled)
+        there = values == value
+        box = []
+        for axis, margin in zip(range(2, -1, -1), room, strict=True):
+            along = np.flatnonzero(there.any(tuple({0, 1, 2} - {axis})))
+            box.append(slice(max(int(along[0]) - margin, 0), int(along[-1]) + 1 + margin))
+        part = sitk.Cast(labels[tuple(box)] == value, sitk.sitkFloat32)
+        resampled = _smoothed(part, size, spacing, origin)
+        shares = sitk.GetArrayViewFromImage(resampled)
         if i == 0:
-            found, shares = np.full(of_value.shape, value, values.dtype), of_value
-        found[of_value > shares] = value
-        shares = np.maximum(shares, of_value)
+            found, most = np.full(shares.shape, value, values.dtype), shares.copy()
+        found[shares > most] = value
+        np.maximum(most, shares, out=most)
     image = sitk.GetImageFromArray(found)
     image.CopyInformation(resampled)
     return image

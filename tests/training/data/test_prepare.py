@@ -474,3 +474,24 @@ def test_labels_stay_where_they_are_when_the_grid_changes(factor):
     assert set(np.unique(sitk.GetArrayFromImage(found))) == {0, 1}
     assert np.abs(middle(found) - middle(label)).max() < 0.1 * factor
     assert (sitk.GetArrayFromImage(found) == 1).sum() * factor**3 == pytest.approx(ball.sum(), rel=0.06)
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 1.1, 4.0), (0.6, 3.0, 3.0), (None, 2.5, 0.5)])
+def test_labels_are_those_with_the_largest_share_and_small_ones_cost_little(spacing, monkeypatch):
+    label = np.zeros((31, 60, 50), np.uint8)
+    for c, place in enumerate([(0, 0, 0), (20, 50, 40), (12, 20, 7), (13, 24, 11), (30, 59, 49)], start=1):
+        label[tuple(slice(p, p + 10) for p in place)] = 10 * c
+    label[5, 30:40, 30] = 255  # a line
+    image = sitk.GetImageFromArray(label)
+    image.SetSpacing((1.0, 0.9, 1.4))
+    shares = [resample(sitk.Cast(image == v, sitk.sitkFloat32), spacing=spacing) for v in np.unique(label).tolist()]
+    smoothed, smooth = [], sitk.RecursiveGaussian
+    monkeypatch.setattr(
+        sitk, "RecursiveGaussian", lambda i, **how: (smoothed.append(i.GetNumberOfPixels()), smooth(i, **how))[1]
+    )
+    found = resample(image, spacing=spacing, labels=True)
+    expected = np.unique(label)[np.argmax([sitk.GetArrayFromImage(s) for s in shares], 0)]
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), expected)
+    assert Geometry.of(found) == Geometry.of(shares[0])
+    # along an axis: the whole for the background, parts for the others
+    assert 0 < sum(smoothed) < 2.5 * label.size * len(smoothed) / len(shares)
