@@ -101,7 +101,8 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _not_writable(folder: Path, error: OSError) -> WrongUse:
-    return WrongUse(f"the cache {folder} cannot be written ({error.strerror}): set {VARIABLE} to a folder with space")
+    reason = error.strerror or f"{error}: is the disk full?"  # numpy counts what it could write, and says no more
+    return WrongUse(f"the cache {folder} cannot be written ({reason}): set {VARIABLE} to a folder with space")
 
 
 def _of_bytes(path: Path) -> str:

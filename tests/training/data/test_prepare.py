@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -428,14 +430,19 @@ def test_a_cache_that_cannot_be_written(tmp_path, ct, label):
         prepare(one(tmp_path, ct, label), KEEP, cache=tmp_path / "file")
 
 
-def test_a_full_disk_leaves_no_half_volume(tmp_path, ct, label, monkeypatch):
-    def full(path, array):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.store_of.np, "save", full)
-    with pytest.raises(WrongUse, match=r"No space left on device\): set MEDKD_FAST_CACHE"):
-        prepare(one(tmp_path, ct, label), KEEP)
+def test_a_full_disk_leaves_no_half_volume(tmp_path, ct, label):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or the kernel would end the process
+    dataset = one(tmp_path, ct, label)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(
+            WrongUse, match=r"\(\d+ requested and \d+ written: is the disk full\?\): set MEDKD_FAST_CACHE"
+        ):
+            prepare(dataset, KEEP)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert entries() == []
 
 
