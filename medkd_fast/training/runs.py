@@ -31,7 +31,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -196,7 +196,7 @@ def fit(config: RunConfig, out: Path, *, resume: bool = False) -> Path:
 
     Raises WrongUse where the folder holds a run already (without `resume`) or a run of another configuration, where another
     process trains in it or it cannot be written, and for what the data, the networks and the losses do not allow. Raises
-    KeyboardInterrupt after Ctrl-C.
+    KeyboardInterrupt after Ctrl-C, SystemExit with code 143 after SIGTERM.
     """
     first = rank_zero_only.rank == 0  # the other processes leave the folder to the first
     with locked(out) if first else nullcontext():
@@ -672,13 +672,18 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _ctrl_c() -> Iterator[None]:
-    """Lightning ends the process after Ctrl-C, with exit code 1 and deaf to a second one: here it stays a KeyboardInterrupt."""
+    """Lightning ends the process after Ctrl-C, with exit code 1 and deaf to a second one: here it stays a KeyboardInterrupt.
+
+    After SIGTERM the exit code is 143; Lightning's 0 says that all is done.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
-        if isinstance(sys.exc_info()[1].__context__, KeyboardInterrupt):
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     finally:

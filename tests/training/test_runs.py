@@ -172,11 +172,10 @@ def whole(tmp_path_factory, helped) -> Path:
     return fit(helped, tmp_path_factory.mktemp("whole") / "run")
 
 
-@pytest.mark.parametrize("by", ["SIGKILL", "SIGINT"])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, helped, whole, by):
+@pytest.mark.parametrize(("by", "wanted"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, helped, whole, by, wanted):
     out = tmp_path / "run"
-    code = killed(helped, out, step=2 * helped.steps + 3, by=by)  # in the third of four epochs
-    assert code == (-signal.SIGKILL if by == "SIGKILL" else 130)
+    assert killed(helped, out, step=2 * helped.steps + 3, by=by) == wanted  # in the third of four epochs
     assert state(RunFolder(out).last)["epoch"] == 1 and not RunFolder(out).finished.exists()
     fit(helped, out, resume=True)
     assert_same_training(RunFolder(whole).last, RunFolder(out).last)
