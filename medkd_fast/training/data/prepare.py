@@ -243,12 +243,12 @@ def _median_spacing(cases: Sequence[Case], settings: Preprocessing) -> tuple[flo
 
 
 def _intensities(dataset: Dataset, case: Case) -> tuple[str, ...]:
-    words = []
-    for i, name in enumerate(dataset.channels):
-        word = intensity_of(name)
-        if name.casefold().startswith("image") and sitk.GetArrayFromImage(read_images(case)[i]).min() < AIR:
-            word = "window"  # the name does not tell, but it is a CT
-        words.append(word)
+    words = [intensity_of(name) for name in dataset.channels]
+    untold = [i for i, name in enumerate(dataset.channels) if name.casefold().startswith("image")]
+    images = read_images(case) if untold else []
+    for i in untold:
+        if i < len(images) and sitk.GetArrayViewFromImage(images[i]).min() < AIR:
+            words[i] = "window"  # the name does not tell, but it is a CT
     return tuple(words)
 
 

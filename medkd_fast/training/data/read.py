@@ -236,6 +236,8 @@ def _warn_bent(path: Path) -> None:
 def _reason(error: RuntimeError) -> str:
     """The last telling line of ITK's message, without the place in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[-1].startswith("Reason:"):  # MetaImage tells what the system could not do last, or long before
+        return "it, or the file with its voxels, is cut off, damaged or not there"
     return lines[-1].removeprefix("ITK ERROR: ").removeprefix("sitk::ERROR: ").rstrip(".") if lines else "no reason"
 
 

@@ -83,6 +83,17 @@ def test_a_file_that_is_called_compressed_and_is_not(root, ct):
     assert "is cut off or damaged" in only(root)[2]
 
 
+@pytest.mark.parametrize("ending", [".mha", ".mhd"])
+def test_a_cut_meta_image_is_not_said_to_be_missing(tmp_path, ct, ending):
+    path = write(ct, tmp_path / f"a{ending}")
+    voxels = max(tmp_path.iterdir(), key=lambda p: p.stat().st_size)
+    voxels.write_bytes(voxels.read_bytes()[:5000])
+    with pytest.raises(
+        WrongUse, match=rf"a{ending} cannot be read as an image \(it, or the file with its voxels, is cut off"
+    ):
+        read_file(path)
+
+
 def not_utf8(path) -> None:
     """Give a file a name in Latin-1, at which SimpleITK ends the process."""
     path.rename(path.with_name(os.fsdecode(b"M\xfcller") + path.name))

@@ -249,6 +249,14 @@ def test_a_channel_that_does_not_say_what_it_is(tmp_path, ct):
     assert plan(replace(one(tmp_path, positive, None), channels=("image",))).intensity == ("zscore",)
 
 
+def test_a_case_with_fewer_channels_than_the_first_is_told(tmp_path, ct):
+    # the channels of a CSV file's single column are those of its first case, which may be a colour picture
+    dataset = replace(one(tmp_path, ct, None), channels=("image 0", "image 1", "image 2"))
+    assert plan(dataset).intensity == ("window", "zscore", "zscore")
+    with pytest.raises(WrongUse, match="gives 1 channels, 3 are wanted"):
+        prepare(dataset)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
