@@ -57,7 +57,7 @@ from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import CANNOT_WRITE, read_json, sha256, write_json
 from medkd_fast.training.lock import locked
 from medkd_fast.training.module import CHECKPOINT_KEY, GRADIENT_CLIP, RecordedTeacher, SegmentationModule
-from medkd_fast.training.networks import Survey, build_network, check_network
+from medkd_fast.training.networks import Survey, build_network, check_network, find_network
 from medkd_fast.training.progress import progress_callback
 from medkd_fast.training.teacher_cache import record_teacher
 
@@ -246,21 +246,28 @@ def plan_run(config: RunConfig) -> Plan:
     layout = config.layout
     dataset = open_dataset(config.data, layout)
     preprocessing = plan(dataset, _asked(config.preprocessing, dataset, teacher))
+    # what can be wrong without the volumes, whose preparation may take hours, is told first
+    if teacher:
+        check_teacher(teacher, dataset, preprocessing)
+    if config.patch is not None and len(config.patch) != preprocessing.dims:
+        raise WrongUse(f"patch must be {preprocessing.dims} sizes for dims {preprocessing.dims}, got {config.patch}")
+    find_network(config.network)
     fractions, split_seed = _shares(config, teacher)
     split = _split(dataset, teacher, fractions, split_seed)
-    volumes = prepare(dataset, preprocessing, [*split.train, *split.validation])
     if config.patience and not split.validation:
         raise WrongUse("patience needs validation cases, and this split has none: give --fractions such as 0.7,0.1,0.2")
+    volumes = prepare(dataset, preprocessing, [*split.train, *split.validation])
     num_classes = len(dataset.classes) + 1
     if config.patience and not any(_has_class(volumes[name], num_classes) for name in split.validation):
         raise WrongUse(
             "patience needs a validation case whose label has a class, and no label of these has one: "
             f"{', '.join(split.validation[:8])}; leave it out, or give another split"
         )
-    if config.patch is not None and len(config.patch) != preprocessing.dims:
-        raise WrongUse(f"patch must be {preprocessing.dims} sizes for dims {preprocessing.dims}, got {config.patch}")
-    inherited = teacher.patch if teacher and teacher.dims == preprocessing.dims else None
-    patch = config.patch or inherited or default_patch(list(volumes.values()), preprocessing.dims)
+    patch = (
+        config.patch
+        or (teacher.patch if teacher else None)
+        or default_patch(list(volumes.values()), preprocessing.dims)
+    )
     shape = (min(config.batch_size, 2), len(dataset.channels), *patch)
     network = build_network(
         config.network,
@@ -280,7 +287,6 @@ def plan_run(config: RunConfig) -> Plan:
         "split_seed": split_seed,
     }
     if teacher:
-        check_teacher(teacher, dataset, preprocessing)
         surveys.append(check_network(teacher.network, teacher.config.network, shape, num_classes, training=False))
         changes |= {"losses": resolve(config.losses, *surveys), "teacher_sha256": sha256(teacher.checkpoint)}
     config = config.resolved(**changes)

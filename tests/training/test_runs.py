@@ -550,6 +550,18 @@ def test_a_teacher_that_cannot_teach(tmp_path, config, teacher):
         plan_run(config.resolved(losses=("kd",), teacher=str(teacher), preprocessing={"dims": 3}, patch=(16, 32, 32)))
 
 
+def test_what_needs_no_volumes_is_told_before_they_are_prepared(config, teacher, monkeypatch):
+    monkeypatch.setattr(runs, "prepare", lambda *arguments: pytest.fail("may take hours"))
+    three = {"preprocessing": {"dims": 3}}
+    for change, message in (
+        ({"patch": (16, 16, 16)}, "patch must be 2 sizes for dims 2"),
+        ({"network": "UNut"}, "no network 'UNut'"),
+        ({"losses": ("kd",), "teacher": str(teacher), **three}, "has dims 2, the student's data 3"),
+    ):
+        with pytest.raises(WrongUse, match=message):
+            plan_run(config.resolved(**change))
+
+
 def test_a_run_that_diverges_is_told_and_keeps_the_epoch_before(tmp_path, config, monkeypatch):
     config, folder = config.resolved(epochs=3, steps=3), RunFolder(tmp_path / "run")
     losses, calls = SegmentationModule.losses, []
