@@ -30,13 +30,13 @@ def default_cache() -> Path:
 
 
 def digest_of_content(path: Path, cache: Path) -> str:
-    """Digest of a file's bytes, or of the names and bytes of the files in a folder or of a header with its voxels.
+    """Digest of a file's bytes, or of the names and bytes of a folder's files, hidden ones apart, or of a header with its voxels.
 
     They are read once: the digest is remembered for their paths, sizes and times of change.
     """
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
+        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))  # no .DS_Store
     elif path.suffix.lower() in (".mhd", ".nhdr", ".hdr"):  # a header; its voxels lie beside it
         # by all of the header's name: one that is a UID has dots
         files = sorted(p for p in path.parent.iterdir() if p.name.startswith(f"{path.stem}."))

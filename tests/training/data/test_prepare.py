@@ -18,6 +18,7 @@ import torch
 from small_sets import ORGANS, changed, write, write_nnunet
 
 from medkd_fast.training.data import prepare as module
+from medkd_fast.training.data.cache import digest_of_content
 from medkd_fast.training.data.check import check
 from medkd_fast.training.data.dataset import Case, Dataset, open_dataset
 from medkd_fast.training.data.geometry import Geometry, resample, same_grid
@@ -354,6 +355,17 @@ def test_headers_whose_names_differ_after_a_dot_are_files_of_their_own(tmp_path,
         expected = np.clip((sitk.GetArrayFromImage(ct) + i + 175.0) / 425, 0, 1)
         np.testing.assert_allclose(volume.image[0], expected, atol=1e-6)
         np.testing.assert_array_equal(volume.label[0], classes(label) * (i > 0))
+
+
+def test_what_a_look_into_a_folder_leaves_there_does_not_count(tmp_path, ct):
+    from small_sets import write_dicom_series
+
+    folder = write_dicom_series(tmp_path / "series", ct)
+    digests = [digest_of_content(folder, tmp_path)]
+    for name in (".DS_Store", "notes.txt"):
+        (folder / name).write_text("seen")
+        digests.append(digest_of_content(folder, tmp_path))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_torn_entry_is_made_again(tmp_path, ct, label):
