@@ -32,7 +32,7 @@ from medkd_fast.training.finish import cases_of, finish_run, notes_of, overlay_r
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.metrics import MEASURES
 from medkd_fast.training.pictures import bars_figure, classes_figure, overlay_figure, save_png
-from medkd_fast.training.runs import Trained, build_module, fit, load_run, plan_run, versions
+from medkd_fast.training.runs import Plan, Trained, build_module, check_content, fit, load_run, plan_run, versions
 from medkd_fast.training.tables import print_table
 from medkd_fast.training.timing import machine, time_networks
 
@@ -97,9 +97,9 @@ def compare(
         raise WrongUse(f"--seeds must be >= 1, got {seeds}")
     trained = load_run(teacher)
     dataset = open_dataset(config.data, config.layout)
-    base = _base(config, teacher, trained, next(iter(methods.values())))
+    base, run = _base(config, teacher, trained, next(iter(methods.values())))
     with writing(out):
-        _check_folder(out, base, trained)
+        _check_folder(out, base, run, trained)
         cells = _cells(base, teacher, methods, range(config.seed, config.seed + seeds), out)
         if not (out / TEACHER / "scores.json").exists():
             _finish(trained, dataset, out / TEACHER)
@@ -118,24 +118,25 @@ def failures(record: Mapping[str, Any]) -> int:
     return sum(len(network["failed"]) for network in record["networks"].values())
 
 
-def _base(config: RunConfig, teacher: Path, trained: Trained, term: LossTerm) -> RunConfig:
-    """The student's configuration with the teacher's preparation, patch and split, for runs with and without it."""
+def _base(config: RunConfig, teacher: Path, trained: Trained, term: LossTerm) -> tuple[RunConfig, Plan]:
+    """The student's configuration with the teacher's preparation, patch and split, for runs with and without it; and its plan."""
     own = {"split_seed": trained.config.split_seed, "fractions": trained.config.fractions}
     base = replace(config, teacher=None, losses=(), **own)
     taught = plan_run(replace(base, teacher=str(teacher), losses=(term,)))
     made = taught.config
     base = replace(base, data=made.data, preprocessing=made.preprocessing, patch=made.patch)
-    if plan_run(base).split != taught.split:
+    alone = plan_run(base)
+    if alone.split != taught.split:
         raise WrongUse(
             f"{config.data} has changed since {teacher} was trained: students with and without it would be tested on "
             "different cases; train the teacher again"
         )
-    return base
+    return base, alone
 
 
-def _check_folder(out: Path, base: RunConfig, trained: Trained) -> None:
+def _check_folder(out: Path, base: RunConfig, run: Plan, trained: Trained) -> None:
     """Write down what is compared, or check that the folder's comparison is the one asked for; more methods or seeds may come."""
-    asked = {"teacher_sha256": sha256(trained.checkpoint), **base.to_dict()}
+    asked = base.to_dict() | {"teacher_sha256": sha256(trained.checkpoint)}
     del asked["seed"]
     there = read_json(out / "settings.json") if (out / "settings.json").exists() else None
     if there is None and out.is_dir() and any(out.iterdir()):
@@ -145,7 +146,8 @@ def _check_folder(out: Path, base: RunConfig, trained: Trained) -> None:
     if there is not None and changed:
         told = "; ".join(f"{k} is {there.get(k)}, asked for {asked[k]}" for k in changed)
         raise WrongUse(f"{out} holds another comparison ({told}): choose another --out or delete the folder")
-    write_json(out / "settings.json", asked)
+    check_content(run, there and there.get("content"))  # or cells on other labels would stand in one table
+    write_json(out / "settings.json", asked | {"content": run.content})
 
 
 def _cells(

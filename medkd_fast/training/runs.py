@@ -216,7 +216,7 @@ def _fit(config: RunConfig, folder: RunFolder, *, resume: bool, first: bool) -> 
         return out
     found = newest_good(folder.checkpoints) if resume else None
     if found:
-        check_content(run, found[1])
+        check_content(run, found[1][CHECKPOINT_KEY].get("content"))
     module = build_module(run)
     module.compile_network(run.config.compile)
     data = Batches(run)
@@ -428,9 +428,9 @@ def write_folder(run: Plan, folder: RunFolder) -> None:
         ) from error
 
 
-def check_content(run: Plan, checkpoint: Mapping[str, Any]) -> None:
-    """Raises WrongUse where the files of a case are no longer those that a checkpoint was trained with."""
-    known = checkpoint[CHECKPOINT_KEY].get("content") or run.content  # older checkpoints do not say
+def check_content(run: Plan, known: Mapping[str, str] | None) -> None:
+    """Raises WrongUse where the files of a case are no longer those that are known; None, of older runs, knows nothing."""
+    known = known or run.content
     changed = [name for name, content in run.content.items() if known.get(name) != content]
     if changed:
         raise WrongUse(

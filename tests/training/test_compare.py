@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 from matplotlib.image import imread
 
 from medkd_fast.cli import main
@@ -16,7 +17,7 @@ from medkd_fast.training.compare import compare, parse_methods
 from medkd_fast.training.config import read_yaml
 from medkd_fast.training.data.dataset import open_dataset
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.runs import load_run
+from medkd_fast.training.runs import fit, load_run
 
 METHODS = "kd,cpkd:0.2"
 NETWORKS = ["teacher", "student", "student + KD", "student + cpkd:0.2"]
@@ -136,6 +137,25 @@ def test_the_command_runs_what_is_missing_and_nothing_else(compared, student, te
     assert json.loads((out / "timing.json").read_text())["networks"].keys() >= json.loads(timing)["networks"].keys()
     assert main([*arguments, "--steps", "4"]) == 2
     assert "holds another comparison (steps is 3, asked for 4): choose another --out" in capsys.readouterr().err
+    again = fit(load_run(teacher).config.resolved(seed=4), tmp_path / "teacher")
+    with pytest.raises(WrongUse, match=r"holds another comparison \(teacher_sha256 is \w{64}, asked for \w{64}\)"):
+        compare(student, again, parse_methods(METHODS), out, seeds=2)
+
+
+def test_labels_that_have_changed_are_another_comparison(compared, student, teacher, small_csv):
+    out, _ = compared
+    label = Path(small_csv).parent / "label4.nii.gz"
+    before = label.read_bytes()
+    image = sitk.ReadImage(str(label))
+    image[0, 0, 0] = 1
+    sitk.WriteImage(image, str(label))
+    try:
+        with pytest.raises(
+            WrongUse, match=r"small.csv has changed since the run began \(case4\): bring its files back"
+        ):
+            compare(student, teacher, parse_methods(METHODS), out, seeds=2)
+    finally:
+        label.write_bytes(before)
 
 
 def test_a_failure_is_exit_code_1(monkeypatch, teacher, small_csv, tmp_path):
