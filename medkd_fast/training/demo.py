@@ -10,7 +10,6 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from medkd_fast.training.config import RunConfig
@@ -22,7 +21,7 @@ from medkd_fast.training.finish import entry_of, finish_run, notes_of, overlay_r
 from medkd_fast.training.pictures import curves_figure, overlay_figure, save_png
 from medkd_fast.training.runs import build_module, fit, load_run, plan_run, versions
 from medkd_fast.training.tables import Entry, caveats, findings, print_scores, write_metrics
-from medkd_fast.training.timing import StepCost, step_costs
+from medkd_fast.training.timing import StepCost, machine, step_costs
 
 DATA = "demo"
 BASELINE = "student"
@@ -85,9 +84,7 @@ def run_demo(out: Path, *, length: Length = FULL, seed: int = 0) -> dict[str, En
         costs = _costs(config, rounds=length.timing_rounds)
         entries[name] = replace(entry_of(trained, evaluation), costs=costs, distilled=bool(config.losses))
     notes = findings(entries, BASELINE) + caveats([e.evaluation for e in entries.values()], notes_of(dataset))
-    notes.append(
-        f"Steps of {plan[BASELINE][1].batch_size} slices, timed on the CPU with {torch.get_num_threads()} threads."
-    )
+    notes.append(f"Steps of {plan[BASELINE][1].batch_size} slices, timed on {machine()['device']}.")
     about = {"seed": seed, "versions": versions(), "notes": notes, "split": asdict(trained.split)}
     write_metrics(out, entries, about)
     save_png(overlay_figure(overlay_rows(seen, volumes), dataset.classes), out / "overlay.png")

@@ -18,7 +18,7 @@ from medkd_fast.training.metrics import Scores, Summary
 from medkd_fast.training.networks import multiply_accumulates, parameter_count
 from medkd_fast.training.runs import RunFolder, load_run
 from medkd_fast.training.tables import Entry, caveats, findings
-from medkd_fast.training.timing import FUSED, REFERENCE
+from medkd_fast.training.timing import FUSED, REFERENCE, machine
 
 NETWORKS = ["teacher", "student", "student + CPKD", "student + DMD"]
 TINY = Length(teacher_epochs=1, student_epochs=1, timing_rounds=2, steps=3)
@@ -35,7 +35,8 @@ def test_the_demo_end_to_end_and_once_more(small_demo, tmp_path, capsys):
     entries = run_demo(tmp_path, length=TINY, seed=1)
     screen = capsys.readouterr().out
     assert list(entries) == NETWORKS
-    for words in (*NETWORKS, "Means over 2 cases", "loss's share, reference", "not a finding", "gallbladder"):
+    where = f"timed on {machine()['device']}."  # a GPU where there is one
+    for words in (*NETWORKS, "Means over 2 cases", "loss's share, reference", "not a finding", "gallbladder", where):
         assert words in screen
 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
