@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def evaluate_run(
         if own and side == "test" and protocol == "mm":
             finish_run(folder, trained, evaluation, {trained.name: seen}, volumes, dataset)
         else:
-            words = [w for w in ("" if own else dataset.name, side, "" if protocol == "mm" else protocol) if w]
+            name = re.sub(r"[^\w.-]+", "-", dataset.name)  # dataset.json may say anything, "Abdomen/CT" too
+            words = [w for w in ("" if own else name, side, "" if protocol == "mm" else protocol) if w]
             evaluation.write(folder, "-".join(["scores", *words]), **about(trained, dataset, side))
     return evaluation
 

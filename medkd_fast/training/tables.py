@@ -49,14 +49,14 @@ def print_scores(entries: Mapping[str, Entry], notes: Sequence[str]) -> None:
 
 def print_table(title: str, table: Table, notes: Sequence[str] = ()) -> None:
     """A title, a table as wide as it needs to be, and notes, one a line."""
-    console = Console()
+    console = Console(markup=False)  # names of classes and methods may hold brackets
     # a table squeezed into a narrow window or the 80 columns of a pipe is worse than long lines
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    console = Console(width=max(console.width, needed))
+    console = Console(width=max(console.width, needed), markup=False)
     console.print(title, highlight=False)
     console.print(table)
     for note in notes:
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def scores_table(entries: Mapping[str, Entry]) -> Table:

@@ -187,6 +187,24 @@ def test_the_command(teacher, small_csv, tmp_path, capsys):
     assert "unknown split 'tset': choose from test, validation, train, all" in capsys.readouterr().err
 
 
+def test_names_with_brackets_and_slashes(teacher, tmp_path, monkeypatch, capsys):
+    """Which a dataset.json may give to classes and to the data set."""
+    names = {1: "spleen", 2: "gallbladder", 3: "liver [left]", 4: "[/aorta]"}
+    stranger = replace(open_dataset(load_run(teacher).config.data), name="Abdomen/CT: [all] parts", classes=names)
+    trained = replace(load_run(teacher), classes=names, content={})
+    stranger = replace(stranger, root=tmp_path)
+    monkeypatch.setattr(finish, "load_run", lambda run: trained)
+    monkeypatch.setattr(finish, "dataset_of", lambda *a: stranger)
+    finish.evaluate_run(tmp_path, out=tmp_path / "out")
+    screen = capsys.readouterr().out
+    assert "liver [left]" in screen and "[/aorta]" in screen
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "scores-Abdomen-CT-all-parts-test-cases.csv",
+        "scores-Abdomen-CT-all-parts-test.csv",
+        "scores-Abdomen-CT-all-parts-test.json",
+    ]
+
+
 def test_where_scores_cannot_be_written(teacher, tmp_path, monkeypatch, capsys):
     (tmp_path / "out" / "scores.json").mkdir(parents=True)
     assert main(["evaluate", str(teacher), "--out", str(tmp_path / "out")]) == 2
