@@ -48,7 +48,12 @@ class Row:
 def overlay_figure(rows: Sequence[Row], classes: Mapping[int, str]) -> Figure:
     """Every row's image alone, then with each of its masks; the classes that show are named below."""
     titles = ["image", *rows[0].masks]
-    figure = Figure(figsize=(2.4 * len(titles), 2.4 * len(rows) + 0.9), layout="constrained")
+    present = [c for c in classes if any((mask == c).any() for row in rows for mask in row.masks.values())]
+    width = 2.4 * len(titles)
+    # what the longest name takes of the legend, in inches
+    columns = max(1, int(width / (0.6 + 0.1 * max((len(classes[c]) for c in present), default=0))))
+    height = 2.4 * len(rows) + 0.7 + 0.22 * math.ceil(len(present) / columns)
+    figure = Figure(figsize=(width, height), layout="compressed")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         grey = _grey(row.image)
@@ -58,11 +63,10 @@ def overlay_figure(rows: Sequence[Row], classes: Mapping[int, str]) -> Figure:
         line[0].set_ylabel(row.title)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
-    present = [c for c in classes if any((mask == c).any() for row in rows for mask in row.masks.values())]
     figure.legend(
         handles=[Patch(color=_colour(c) / 255, label=classes[c]) for c in present],
         loc="outside lower center",
-        ncols=min(max(len(present), 1), 2 * len(titles)),
+        ncols=min(max(len(present), 1), columns),
         frameon=False,
     )
     return figure
@@ -131,8 +135,8 @@ def classes_figure(networks: Mapping[str, Mapping[str, Sequence[float]]], label:
             axis.plot(
                 mean, row + shift, markers[lane % len(markers)], color=colour, label=None if row else name, markersize=6
             )
-        for row in range(len(classes) - 1):
-            axis.axhline(row + 0.5, color=INK, alpha=0.12, linewidth=0.8)
+    for row in range(len(classes) - 1):
+        axis.axhline(row + 0.5, color=INK, alpha=0.12, linewidth=0.8)
     axis.set(xlabel=label, yticks=range(len(classes)), yticklabels=classes, ylim=(len(classes) - 0.5, -0.5))
     axis.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside right upper", frameon=False)

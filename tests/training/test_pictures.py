@@ -1,0 +1,35 @@
+"""Figures: what is written on them can be read, whatever the pictures' shape and however many classes there are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from medkd_fast.training.pictures import Row, classes_figure, overlay_figure
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "networks", "classes"),
+    [((109, 91), 1, 10, 2), ((64, 64), 2, 1, 8), ((64, 64), 1, 1, 104), ((40, 80), 3, 4, 20)],
+)
+def test_titles_and_legend_of_an_overlay_are_whole(shape, rows, networks, classes):
+    masks = {f"network {i}": np.random.default_rng(i).integers(0, classes + 1, shape) for i in range(networks)}
+    names = {c: f"lung_lower_lobe_{c}_left" for c in range(1, classes + 1)}
+    figure = overlay_figure([Row("case", np.zeros(shape), masks)] * rows, names)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    written = [axis.title for axis in figure.axes] + [axis.yaxis.label for axis in figure.axes] + figure.legends
+    for text in written:
+        box = text.get_window_extent(renderer)
+        assert min(box.x0, box.y0) >= -0.5 and box.x1 <= figure.bbox.x1 + 0.5 and box.y1 <= figure.bbox.y1 + 0.5, text
+    pictures = [axis.get_window_extent(renderer) for axis in figure.axes]
+    legend = figure.legends[0].get_window_extent(renderer)
+    assert min(p.y0 for p in pictures) > legend.y1
+    assert max(max(p.width, p.height) for p in pictures) > 200  # 2 of the 2.4 inches that each has
+
+
+def test_between_two_classes_there_is_one_line():
+    networks = {f"network {i}": {"liver": [0.5, 0.7], "spleen": [0.1], "aorta": []} for i in range(9)}
+    lines = [line for line in classes_figure(networks, "Dice").axes[0].lines if line.get_alpha() == 0.12]
+    assert [line.get_ydata()[0] for line in lines] == [0.5, 1.5]
