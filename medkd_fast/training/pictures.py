@@ -74,20 +74,21 @@ def overlay_figure(rows: Sequence[Row], classes: Mapping[int, str]) -> Figure:
 
 def curves_figure(runs: Mapping[str, Path]) -> Figure:
     """Training loss (running mean over 9 logged steps) and Dice on the validation cases of every run folder."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, max(4, 0.22 * len(runs) + 0.4)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, folder), colour in zip(runs.items(), LINES * len(runs), strict=False):
+    for i, (name, folder) in enumerate(runs.items()):
+        look = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--", ":", "-.")[i // len(LINES) % 4], "label": name}
         steps, losses = read_curve(folder, "task")
         if len(losses) > 9:
-            left.plot(steps[4:-4], np.convolve(losses, np.ones(9) / 9, mode="valid"), color=colour, label=name)
+            left.plot(steps[4:-4], np.convolve(losses, np.ones(9) / 9, mode="valid"), **look)
         else:
-            left.plot(steps, losses, color=colour, label=name)
-        right.plot(*read_curve(folder, "val_dice"), color=colour, label=name, marker=".")
+            left.plot(steps, losses, **look)
+        right.plot(*read_curve(folder, "val_dice"), marker=".", **look)
     left.set(xlabel="step", ylabel="Dice + cross-entropy (training)", yscale="log")
     right.set(xlabel="step", ylabel="mean Dice (validation)", ylim=(0, 1))
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    right.legend(frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from medkd_fast.training.pictures import Row, classes_figure, overlay_figure
+from medkd_fast.training.pictures import Row, classes_figure, curves_figure, overlay_figure
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,21 @@ def test_titles_and_legend_of_an_overlay_are_whole(shape, rows, networks, classe
     legend = figure.legends[0].get_window_extent(renderer)
     assert min(p.y0 for p in pictures) > legend.y1
     assert max(max(p.width, p.height) for p in pictures) > 200  # 2 of the 2.4 inches that each has
+
+
+def test_curves_of_many_runs_can_be_told_apart(tmp_path):
+    logs = tmp_path / "logs" / "version_0" / "metrics.csv"
+    logs.parent.mkdir(parents=True)
+    logs.write_text("step,task,val_dice\n4,1.5,0.2\n9,1.2,0.4\n")
+    figure = curves_figure({f"student_{i}/seed-0": tmp_path for i in range(30)})
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    legend = figure.legends[0].get_window_extent(renderer)
+    assert legend.y0 >= 0 and legend.x1 <= figure.bbox.x1
+    for axis in figure.axes:
+        box = axis.get_window_extent(renderer)
+        assert box.x1 < legend.x0 and min(box.width, box.height) > 300
+        assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 30
 
 
 def test_between_two_classes_there_is_one_line():
