@@ -41,7 +41,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     Raises WrongUse for a folder that is neither, for a run that was not evaluated yet, and where `out` cannot be written.
     """
     compared = [f for f in folders if (f / "compare.json").is_file()]
-    runs = {name: folder for name, folder in _names(folders).items() if folder not in compared}
+    names = _names(folders)
+    runs = {name: folder for name, folder in names.items() if folder not in compared}
     scored = {name: _scores(folder) for name, folder in runs.items()}
     page = _template().render(
         title=", ".join(runs) if len(runs) == 1 else "Runs side by side" if runs else "Comparison",
@@ -52,7 +53,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         classes=_classes({name: of[0].evaluation for name, of in scored.items()}),
         overlays={name: png(folder / "overlay.png") for name, folder in runs.items()},
         texts={name: _texts(folder) for name, folder in runs.items()},
-        compared=[_comparison(folder) for folder in compared],
+        compared=[_comparison(name, folder) for name, folder in names.items() if folder in compared],
         notes=list(dict.fromkeys(note for of in scored.values() for s in of for note in s.about.get("notes", []))),
     )
     with writing(out):
@@ -114,7 +115,7 @@ def _scores(folder: Path) -> list[Scored]:
 
 
 def _overview(name: str, folder: Path, scored: Scored) -> dict[str, Any]:
-    steps, _ = read_curve(folder, "task")
+    finished = folder / "finished.json"
     return {
         "name": name,
         "mean": scored.evaluation.mean,
@@ -123,7 +124,7 @@ def _overview(name: str, folder: Path, scored: Scored) -> dict[str, Any]:
         "cases": len(scored.evaluation.cases),
         "parameters": scored.about.get("parameters"),
         "macs": scored.about.get("macs"),
-        "steps": steps[-1] + 1 if steps else None,
+        "steps": read_json(finished)["steps"] if finished.is_file() else None,
     }
 
 
@@ -152,10 +153,10 @@ def _texts(folder: Path) -> dict[str, str]:
     return {n: (folder / n).read_text(encoding="utf-8") for n in names if (folder / n).is_file()}
 
 
-def _comparison(folder: Path) -> dict[str, Any]:
+def _comparison(name: str, folder: Path) -> dict[str, Any]:
     record = read_json(folder / "compare.json")
     return {
-        "name": folder.resolve().name,
+        "name": name,
         "record": record,
         "pictures": {
             "Means over the seeds, whiskers of one standard deviation": png(folder / "compare.png"),

@@ -29,19 +29,20 @@ def browser() -> str | None:
 
 @pytest.fixture(scope="module")
 def page(teacher, config, tmp_path_factory) -> Path:
-    """Of two runs with one name in different folders, and of a comparison with a failure whose reason looks like HTML."""
+    """Of two runs and two comparisons with one name in different folders, and a failure whose reason looks like HTML."""
     folder = tmp_path_factory.mktemp("report")
     for name in ("a", "b"):
         shutil.copytree(teacher, folder / name / "teacher")
         assert main(["evaluate", str(folder / name / "teacher")]) == 0
-    out = folder / "compare"
+    out = folder / "a" / "compare"
     compare(config.resolved(epochs=1, steps=2), teacher, parse_methods("kd"), out, seeds=1)
     record = read_json(out / "compare.json")
     student = record["networks"]["student"]
     student["cells"], student["hd95"] = student["cells"] * 3, {"mean": 15.0, "sd": 7.1, "n": 2}
     record["networks"]["student + KD"]["failed"] = {"7": "<script>alert(1)</script> & so on"}
     write_json(out / "compare.json", record)
-    arguments = [str(folder / "a" / "teacher"), str(folder / "b" / "teacher"), str(out)]
+    shutil.copytree(out, folder / "b" / "compare")
+    arguments = [str(folder / "a" / "teacher"), str(folder / "b" / "teacher"), str(out), str(folder / "b" / "compare")]
     assert main(["report", *arguments, "--out", str(folder / "report.html")]) == 0
     return folder / "report.html"
 
@@ -63,6 +64,8 @@ def test_the_page_holds_everything(page):
     assert "Content-Security-Policy" in text and "default-src &#39;none&#39;" not in text
     dice = read_json(page.parent / "a" / "teacher" / "scores.json")["classes"]["liver"]["dice"]
     assert f"<td>{dice:.3f}</td>" in text
+    steps = read_json(page.parent / "a" / "teacher" / "finished.json")["steps"]
+    assert steps == 6 and text.count(f"<td>{steps}</td></tr>\n") == 2  # the losses of every fifth are in the logs
     assert "<td>3</td>" in text and '<td>15.0 <span class="spread">± 7.1</span> (n = 2)</td>' in text
 
 
@@ -159,13 +162,14 @@ def test_a_browser_shows_it_and_has_nothing_to_say(page, devtools, dark):
     for words in (
         "Runs side by side",
         "a/teacher",
-        "Comparison: compare",
+        "Comparison: a/compare",
+        "Comparison: b/compare",
         "liver",
         "student + KD",
         "cannot be concluded",
     ):
         assert words in seen["text"], words
-    assert len(seen["images"]) == 2 + 3 and all(width > 100 and alt > 20 for width, alt in seen["images"])
+    assert len(seen["images"]) == 2 + 2 * 3 and all(width > 100 and alt > 20 for width, alt in seen["images"])
     assert len(seen["drawings"]) == 2 and min(seen["drawings"]) > 10_000
     assert len(set(seen["ids"])) == len(seen["ids"]) and all(seen["links"]) and seen["heads"]
     assert seen["wide"] <= 0  # wide tables scroll by themselves
