@@ -26,7 +26,7 @@ from medkd_fast.training.data.dataset import Dataset, open_dataset
 from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.distillation import LossTerm, parse_loss
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.evaluate import Evaluation
+from medkd_fast.training.evaluate import PROTOCOLS, Evaluation
 from medkd_fast.training.files import read_json, sha256, write_atomically, write_csv, write_json, writing
 from medkd_fast.training.finish import cases_of, finish_run, notes_of, overlay_rows, score
 from medkd_fast.training.inference import predict_logits
@@ -206,6 +206,7 @@ def _record(
     seeds = list(dict.fromkeys(c.seed for c in cells))
     config = cells[0].config
     size = " x ".join(map(str, config.patch or ()))
+    rule = f"Scored on the grid of the files: {PROTOCOLS['mm']}. So HD95 and ASSD of a network are over what it found."
     length = (
         f"Every student was trained for {config.epochs * config.steps} steps of {config.batch_size} inputs of {size}; its score is "
         "what that gives, not what the network can reach."
@@ -228,7 +229,7 @@ def _record(
         "steps": config.epochs * config.steps,
         "batch_size": config.batch_size,
         "patch": list(config.patch or ()),
-        "notes": [*notes_of(dataset), length, spread, limits],
+        "notes": [*notes_of(dataset), rule, length, spread, limits],
         "networks": networks,
         "versions": versions(),
     }

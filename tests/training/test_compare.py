@@ -54,6 +54,9 @@ def test_a_failed_cell_is_told_and_the_others_go_on(compared):
     page = (out / "compare.md").read_text(encoding="utf-8")
     assert "* Failed: student + KD, seed 6: the loss was nan" in page
     assert "cannot be concluded from this table" in page
+    assert (
+        "a missed one with Dice 0 and without distances. So HD95 and ASSD of a network are over what it found." in page
+    )
 
 
 def test_figures_are_the_cells_own(compared):

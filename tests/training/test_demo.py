@@ -99,6 +99,21 @@ def test_findings_say_when_it_did_not_help(dice, hd95, verdict):
     assert sentence.startswith("student + KD: ") and verdict in sentence and "One subject, one seed" in sentence
 
 
+def test_findings_compare_no_hd95_over_different_organs():
+    """A student that misses the organ that is far off would have the better one."""
+    far, missed = Scores(0.1, 90.0, 40.0, "valid"), Scores(0.0, math.nan, math.nan, "missed")
+    near = Scores(0.6, 10.0, 1.0, "valid")
+    entries = {
+        name: Entry(Evaluation({1: "aorta", 2: "liver"}, {"a": {1: scores, 2: near}}), 1, 1, {}, scores is missed)
+        for name, scores in (("student", far), ("student + KD", missed))
+    }
+    (sentence,) = findings(entries, "student")
+    assert sentence == (
+        "student + KD: Dice -0.050 against student: the distillation did not help here; their HD95 are over different organs "
+        "(missed: 1 and 0). One subject, one seed: not a finding."
+    )
+
+
 def test_caveats_name_the_absent_class():
     lines = caveats([entry(0.5, 1.0).evaluation], ["One subject."])
     assert lines[0] == "One subject."
