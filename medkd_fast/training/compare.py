@@ -96,6 +96,11 @@ def compare(
     if seeds < 1:
         raise WrongUse(f"--seeds must be >= 1, got {seeds}")
     trained = load_run(teacher)
+    if not trained.split.test:
+        raise WrongUse(
+            f"{teacher} was trained without test cases, and there is nothing to compare on: train a teacher with --fractions such "
+            "as 0.7,0.1,0.2"
+        )
     dataset = open_dataset(config.data, config.layout)
     base, run = _base(config, teacher, trained, next(iter(methods.values())))
     with writing(out):

@@ -21,7 +21,7 @@ from medkd_fast.layers import finest
 from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.files import check_writable, write_atomically, write_json, writing
-from medkd_fast.training.finish import cases_of, dataset_of
+from medkd_fast.training.finish import dataset_of
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.runs import check_data, load_run
 
@@ -69,7 +69,7 @@ class Exported:
 
 
 def export_run(run: Path, *, format: str, out: Path | None = None, data: str | None = None) -> Exported:
-    """Export a run's network and check the file on a real volume: the first test case of the run's data set.
+    """Export a run's network and check the file on a real volume: the first test case of the run's data set, else its first case.
 
     out: the file; without it RUN/student.onnx or .pt2 (of a checkpoint: beside it). data: another data set for the check. Beside
     the file goes one of the same name that ends in .json: what the input must be prepared like, and what the classes are.
@@ -87,7 +87,8 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
     dataset = dataset_of(trained, data)
     check_data(trained, dataset)
     check_writable(file.parent)
-    case = cases_of(trained, dataset, "test")[0]
+    names = [c.name for c in dataset.cases]
+    case = next((name for name in names if name in trained.split.test), names[0])
     volume = prepare(dataset, trained.preprocessing, [case])[case]
     network, channels = trained.network, len(trained.channels)
     for any_size in (True, False):

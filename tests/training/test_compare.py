@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from medkd_fast.training import compare as module
 from medkd_fast.training.compare import compare, parse_methods
 from medkd_fast.training.config import read_yaml
 from medkd_fast.training.data.dataset import open_dataset
+from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.runs import fit, load_run
 
@@ -181,6 +183,13 @@ def test_wrong_use(student, teacher, tmp_path, small_csv, capsys):
         compare(student, teacher, parse_methods("kd"), tmp_path / "file" / "out")
     with pytest.raises(WrongUse, match="--seeds must be >= 1"):
         compare(student, teacher, parse_methods("kd"), tmp_path / "out", seeds=0)
+    bare = replace(load_run(teacher), split=Split(("case0",)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_run", lambda path: bare)
+        with pytest.raises(
+            WrongUse, match="was trained without test cases, .*: train a teacher with --fractions such as"
+        ):
+            compare(student, teacher, parse_methods("kd"), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
     with pytest.raises(WrongUse, match="is not empty and holds no comparison"):

@@ -50,6 +50,21 @@ def test_a_file_that_computes_something_else_is_removed(run, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_without_test_cases_and_data_without_labels(run, small_csv, config, tmp_path, capsys):
+    folder, small = Path(small_csv).parent, load_run(run).config
+    (tmp_path / "classes.json").write_text((folder / "classes.json").read_text())
+    for name, label in (("taught", f"{folder}/label1.nii.gz"), ("bare", "")):
+        row = f"{folder}/image1.nii.gz,{label},{name} case"
+        (tmp_path / f"{name}.csv").write_text(f"image,label,case\n{row}\n")
+    of_all = {"data": str(tmp_path / "taught.csv"), "fractions": (1.0, 0.0, 0.0), "epochs": 1, "steps": 1}
+    taught = config.resolved(network="UNet", network_args=small.network_args, **of_all)
+    out = ["--format", "torch-export", "--out", str(tmp_path / "a.pt2")]
+    assert main(["export", str(fit(taught, tmp_path / "run")), *out]) == 0
+    assert "on taught case, windows of the patch" in capsys.readouterr().out
+    assert main(["export", str(run), *out, "--data", str(tmp_path / "bare.csv")]) == 0
+    assert "on bare case, windows of the patch" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def padding(config, tmp_path_factory) -> Path:
     """A run of a network that pads what it has halved, where a size is no multiple of 16."""
