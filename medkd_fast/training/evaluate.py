@@ -144,7 +144,8 @@ def on_source(
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
     """Prediction and label of a case on the grid of its label's file, in LPS order, and the spacing in array order, in mm.
 
-    A case that is a range of slices is cut to them. Where the label says to ignore a voxel, both are background.
+    A case that is a range of slices is cut to them. What is one slice, along any axis and in any file, is 2-D: as a volume all of
+    it would be surface. Where the label says to ignore a voxel, both are background.
     """
     label = source_label(dataset, case)  # LPS, cut
     prediction = to_source(logits, replace(volume, source=Geometry.of(label), flat=False))
@@ -152,7 +153,10 @@ def on_source(
     p[y == IGNORE] = 0
     y[y == IGNORE] = 0
     spacing = tuple(reversed(label.GetSpacing()))
-    return (p[0], y[0], spacing[1:]) if volume.flat else (p, y, spacing)
+    if 1 not in y.shape:
+        return p, y, spacing
+    thin = y.shape.index(1)
+    return p.squeeze(thin), y.squeeze(thin), spacing[:thin] + spacing[thin + 1 :]
 
 
 def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,25 @@ def test_a_case_of_some_slices_is_scored_on_them_alone(dataset):
     np.testing.assert_array_equal(prediction, label)
 
 
+@pytest.mark.parametrize("direction", [np.eye(3), [[1, 0, 0], [0, 0, 1], [0, -1, 0]]], ids=["axial", "coronal"])
+def test_a_volume_of_one_slice_is_scored_as_an_image(tmp_path, direction):
+    """Or all of its voxels would be surface, and nearly all distances 0."""
+    label = np.zeros((1, 24, 32), np.uint8)
+    label[0, 4:16, 6:18] = 3
+    for name, array in (("image", np.array(LEVELS, np.float32)[label]), ("label", label)):
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing((0.5, 0.75, 3.0))
+        image.SetDirection(np.asarray(direction, float).ravel().tolist())
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+    (tmp_path / "classes.json").write_text('{"1": "a", "2": "b", "3": "c", "4": "d"}')
+    (tmp_path / "set.csv").write_text("image,label,case\nimage.nii.gz,label.nii.gz,one\n")
+    found = open_dataset(str(tmp_path / "set.csv"))
+    settings = plan(found, Preprocessing(intensity=("none",), spacing=(None, None, None)))
+    moved = evaluate(Oracle(shift=2), found, prepare(found, settings, ["one"]), patch=(32, 32)).cases["one"][3]
+    want = segmentation_scores(np.roll(label[0], 2, -1), label[0], spacing=(0.75, 0.5), classes=[3])[3]
+    assert moved[:3] == pytest.approx(want[:3]) and moved.hd95 == pytest.approx(1.0) and moved.assd > 0.3
+
+
 def test_ignored_voxels_are_in_no_score(dataset):
     # everything right of column 16, the spleen with it, is ignored: what the network says there does not count
     ignoring = replace(dataset, ignore_label=IGNORE, label_values={0: 0, 1: IGNORE, 3: 3, 4: 4})
