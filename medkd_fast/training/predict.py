@@ -145,6 +145,8 @@ def _is_series(folder: Path) -> bool:
 
 def _outputs(cases: Sequence[Case], out: Path) -> list[Path]:
     if not _is_image(out, OUTPUTS):
+        if _is_image(out, IMAGES) and not out.is_dir():
+            raise WrongUse(f"predictions are NIfTI, got {out}: give a folder, or a name that ends in .nii.gz")
         if out.is_file():
             raise WrongUse(f"{out} is a file: give a folder, or a name that ends in .nii.gz")
         return [out / f"{case.name}.nii.gz" for case in cases]

@@ -189,6 +189,7 @@ def test_wrong_use(teacher, tmp_path, capsys):
         sitk.WriteImage(image_of(block()), str(empty / name))
     assert "2 images do not go into the one file" in error(empty, tmp_path / "one.nii.gz")
     assert "that this command did not write" in error(empty, empty)
+    assert "predictions are NIfTI, got" in error(empty / "a.nii.gz", tmp_path / "one.mha")
     other = tmp_path / "other"
     other.mkdir()
     (other / "predictions.json").write_text('{"checkpoint_sha256": "0"}')
@@ -199,7 +200,7 @@ def test_wrong_use(teacher, tmp_path, capsys):
     assert "holds the predictions of another network" in error(empty, other)
     (tmp_path / "file").write_text("")
     assert "is a file" in error(empty, tmp_path / "file")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "one.mha").exists()
 
 
 def test_a_case_with_a_channel_too_few_says_so(teacher, tmp_path):
