@@ -1,8 +1,9 @@
-"""What `make docs` checks of the built pages: that nothing is fetched from elsewhere when they are viewed."""
+"""The built pages fetch nothing from elsewhere when they are viewed, and the examples are on them."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -47,3 +48,12 @@ def test_links_and_what_lies_beside_are_no_fetch(check: ModuleType, tmp_path: Pa
         '<link rel="canonical" href="https://elsewhere.example/page.html">'
     )
     assert check.fetches(tmp_path) == []
+
+
+def test_examples_are_taken_in_by_lines_that_a_formatter_leaves() -> None:
+    """In one line, --8<-- "path" is an expression of Python: formatted as one, it takes nothing in."""
+    block = re.compile(r'^```\w+ title="(examples/[^"]+)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
+    shown = [found for page in (ROOT / "docs").rglob("*.md") for found in block.findall(page.read_text())]
+    examples = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.*")} - {"examples/demo_ct.py"}
+    assert {path for path, _ in shown} == examples
+    assert all(content == f"--8<--\n{path}\n--8<--\n" for path, content in shown)
