@@ -52,7 +52,7 @@ def _load(part: str) -> str:
     if part == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     if not library.exists():
-        return f"medkd_fast/_{part}.so is missing: {_built(part) or 'not built (MEDKD_FAST_NO_EXT=1)'}"
+        return f"medkd_fast/_{part}.so is missing: {_built(part) or _never_built(Path(__file__).parents[1])}"
     if part == "cuda" and (error := _too_new(_built(part), _driver())):
         return error
     try:
@@ -66,6 +66,16 @@ def _built(part: str) -> str:
     """How a library was built, or why not; an empty string where nothing tells."""
     report = Path(__file__).parent / "_build.json"
     return json.loads(report.read_text()).get(part, "") if report.exists() else ""
+
+
+def _never_built(folder: Path) -> str:
+    """Why there may be no library where no build has left word of it, of a package in that folder."""
+    if not (folder / "setup.py").exists():
+        return "not built (MEDKD_FAST_NO_EXT=1)"
+    return (
+        f"this is the source in {folder}, which Python takes before an installed package where that is the current folder: run "
+        "elsewhere, or build here by `pip install --no-build-isolation --editable .`"
+    )
 
 
 def _driver() -> int | None:
@@ -217,7 +227,8 @@ def _warn_once(operator: str, device_type: str) -> None:
 def _why(operator: str, device_type: str) -> str:
     candidates = OPERATORS[operator].get(device_type, ())
     return (
-        "; ".join(UNAVAILABLE[name] for name in candidates) or f"there is no fused kernel for {device_type} tensors yet"
+        "; ".join(dict.fromkeys(UNAVAILABLE[name] for name in candidates))
+        or f"there is no fused kernel for {device_type} tensors yet"
     )
 
 

@@ -96,6 +96,25 @@ def test_falling_back_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytes
     }
 
 
+def test_a_source_tree_is_told_from_an_installation_without_libraries(tmp_path: Path) -> None:
+    without = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    shutil.copytree(ROOT / "medkd_fast", tmp_path / "medkd_fast", ignore=without)
+    script = (
+        f"import os; os.chdir({str(tmp_path)!r})\nfrom medkd_fast import backend; print(backend.UNAVAILABLE['cpp'])"
+    )
+    why = in_new_process(script)
+    assert "not built (MEDKD_FAST_NO_EXT=1)" in why
+    (tmp_path / "setup.py").touch()
+    why = in_new_process(script)
+    assert f"this is the source in {tmp_path}" in why and "--editable" in why and "NO_EXT" not in why
+
+
+def test_a_reason_that_two_backends_share_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(backend.UNAVAILABLE, name, "built without CUDA")
+    assert {row.why for row in backend.report() if row.device_type == "cuda"} == {"built without CUDA"}
+
+
 def test_environment_variable() -> None:
     script = "from medkd_fast import backend; print(backend.choose('decoupled_kl', 'cpu', 1))"
     assert in_new_process(script, MEDKD_FAST_BACKEND="reference").strip() == "reference"

@@ -40,9 +40,9 @@ def doctor_lines() -> list[str]:
         f"[train]      {_extra()}",
         f"demo's CT    {_demo_data()}",
         "",
-        f"{'operator':18} {'device':8} {'backend':10} why",
+        f"{'operator':23} {'device':8} {'backend':10} why",
     ]
-    return lines + [f"{r.operator:18} {r.device_type:8} {r.backend:10} {r.why}".rstrip() for r in backend.report()]
+    return lines + [f"{r.operator:23} {r.device_type:8} {r.backend:10} {r.why}".rstrip() for r in backend.report()]
 
 
 def _version(distribution: str) -> str:
