@@ -56,17 +56,22 @@ def relation_tile(
     row,  # what a row's products are multiplied by
     column,  # and a column's, for RAW
     RAW: tl.constexpr,
+    ALL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others."""
+    """Logits of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others.
+
+    ALL: there are no others. A loop over them, even an empty one, would be the innermost: the only one whose loads Triton makes ahead.
+    """
     TYPE: tl.constexpr = row.dtype
     BLOCK_C: tl.constexpr = b_j.shape[0]
     tile = tl.dot(panel, b_j, input_precision=PRECISION, out_dtype=TYPE)
-    for c in range(BLOCK_C, C, BLOCK_C):
-        o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
-        b_i = load_panel(x, stride_xc, stride_xp, o_c[None, :], o_i, m_i, C, N, RAW)
-        b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, N, RAW)
-        tile = tl.dot(b_i, b_k, tile, input_precision=PRECISION, out_dtype=TYPE)
+    if not ALL:
+        for c in range(BLOCK_C, C, BLOCK_C):
+            o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
+            b_i = load_panel(x, stride_xc, stride_xp, o_c[None, :], o_i, m_i, C, N, RAW)
+            b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, N, RAW)
+            tile = tl.dot(b_i, b_k, tile, input_precision=PRECISION, out_dtype=TYPE)
     tile = tile * row
     if RAW:
         tile = tile * column
@@ -124,6 +129,8 @@ def rows_kernel(
     BOUNDED: tl.constexpr,
     RAW_S: tl.constexpr,
     RAW_T: tl.constexpr,
+    ALL_S: tl.constexpr,  # channels are in the first block
+    ALL_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -159,11 +166,11 @@ def rows_kernel(
         column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
         b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
         b_s = relation_tile(
-            s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, PRECISION
+            s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, ALL_S, PRECISION
         )  # fmt: skip
         b_j = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
         b_t = relation_tile(
-            t_a, t_b, panel_t, b_j, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, PRECISION
+            t_a, t_b, panel_t, b_j, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, ALL_T, PRECISION
         )  # fmt: skip
         if BOUNDED:
             shift = tl.where(m_j, -scale, -float("inf"))
@@ -246,7 +253,8 @@ def gradient_kernel(
     BOUNDED: tl.constexpr,
     RAW_S: tl.constexpr,
     RAW_T: tl.constexpr,
-    ALL_S: tl.constexpr,  # of the student's channels are in the first block
+    ALL_S: tl.constexpr,  # channels are in the first block
+    ALL_T: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -295,11 +303,11 @@ def gradient_kernel(
                 column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
                 b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
                 b_s = relation_tile(
-                    s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, PRECISION
+                    s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, ALL_S, PRECISION
                 )  # fmt: skip
                 b_k = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
                 b_t = relation_tile(
-                    t_a, t_b, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, PRECISION
+                    t_a, t_b, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, ALL_T, PRECISION
                 )  # fmt: skip
                 # columns that do not count are multiplied with zeros in the end
                 w_j = back * tl.load(p_b + padded + o_j, m_j, 0.0)
@@ -368,6 +376,7 @@ def plan_of(
     BLOCK_I, BLOCK_J = (64, 32) if double else (128, 64) if half else (64, 64)
     most = 32 if double else 128 if half and roomy() else 64
     padded = triton.cdiv(pixels_of(student), 64) * 64
+    BLOCK_S, BLOCK_T = (min(max(triton.next_power_of_2(x.shape[1]), 16), most) for x in (student, teacher))
     flags = {
         "ACROSS": across_images,
         "HAS_MASK": mask is not None,
@@ -377,8 +386,10 @@ def plan_of(
         "RAW_T": t.raw,
         "BLOCK_I": BLOCK_I,
         "BLOCK_J": BLOCK_J,
-        "BLOCK_S": min(max(triton.next_power_of_2(student.shape[1]), 16), most),
-        "BLOCK_T": min(max(triton.next_power_of_2(teacher.shape[1]), 16), most),
+        "ALL_S": student.shape[1] <= BLOCK_S,
+        "ALL_T": teacher.shape[1] <= BLOCK_T,
+        "BLOCK_S": BLOCK_S,
+        "BLOCK_T": BLOCK_T,
         "PRECISION": "ieee" if double else "tf32x3",
         "num_warps": 8 if half else 4,
         "num_stages": 2 if half else 1,  # a second stage of fp32 would cost registers and half of the programs at once
@@ -449,10 +460,9 @@ def pixel_relation_kl_backward(
 ) -> torch.Tensor:
     B, C, N = student.shape[0], student.shape[1], pixels_of(student)
     plan = plan_of(student, teacher, mask, relation, temperature, across_images)
-    all_channels = plan.flags["BLOCK_S"] >= C
     # of 64 columns the sums and two relations would not fit the registers
     flags = {**plan.flags, "BLOCK_J": 32, "BLOCK_OUT": plan.flags["BLOCK_S"]}
-    if not all_channels:  # the relations are made anew for every block of the gradient's channels
+    if not plan.flags["ALL_S"]:  # the relations are made anew for every block of the gradient's channels
         flags |= (
             {"BLOCK_I": 64, "BLOCK_OUT": 128}
             if flags["RAW_S"] and flags["RAW_T"]
@@ -477,7 +487,6 @@ def pixel_relation_kl_backward(
         upstream.stride(0) if upstream.dim() > 0 else 0,
         upstream.stride(1) if upstream.dim() > 1 else 0,
         MEAN=reduction == "mean",
-        ALL_S=all_channels,
         CHUNK=4096,
         **flags,
     )
