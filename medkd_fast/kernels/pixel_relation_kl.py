@@ -53,17 +53,18 @@ def relation_tile(
     m_j,
     C,
     N,
-    row,  # what a row's products are multiplied by
-    column,  # and a column's, for RAW
+    column,  # what a column's products are multiplied by, for RAW
     RAW: tl.constexpr,
     ALL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others.
+    """Products of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others.
+
+    Logits but for what a row is multiplied by: that takes no instruction of its own where something is added.
 
     ALL: there are no others. A loop over them, even an empty one, would be the innermost: the only one whose loads Triton makes ahead.
     """
-    TYPE: tl.constexpr = row.dtype
+    TYPE: tl.constexpr = column.dtype
     BLOCK_C: tl.constexpr = b_j.shape[0]
     tile = tl.dot(panel, b_j, input_precision=PRECISION, out_dtype=TYPE)
     if not ALL:
@@ -72,7 +73,6 @@ def relation_tile(
             b_i = load_panel(x, stride_xc, stride_xp, o_c[None, :], o_i, m_i, C, N, RAW)
             b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, N, RAW)
             tile = tl.dot(b_i, b_k, tile, input_precision=PRECISION, out_dtype=TYPE)
-    tile = tile * row
     if RAW:
         tile = tile * column
     return tile
@@ -166,18 +166,23 @@ def rows_kernel(
         column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
         b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
         b_s = relation_tile(
-            s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, ALL_S, PRECISION
+            s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, column_s, RAW_S, ALL_S, PRECISION
         )  # fmt: skip
         b_j = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
         b_t = relation_tile(
-            t_a, t_b, panel_t, b_j, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, ALL_T, PRECISION
+            t_a, t_b, panel_t, b_j, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, column_t, RAW_T, ALL_T, PRECISION
         )  # fmt: skip
         if BOUNDED:
-            shift = tl.where(m_j, -scale, -float("inf"))
-            e_s = tl.exp2(b_s + shift)
-            e_t = tl.exp2(b_t + shift)
+            # below every exponential but finite, so that two of them are 0 apart
+            shift = tl.where(m_j, -scale, -1e30).to(TYPE)
+            b_s = tl.fma(b_s, row_s, shift)
+            b_t = tl.fma(b_t, row_t, shift)
+            e_s = tl.exp2(b_s)
+            e_t = tl.exp2(b_t)
         else:
             absent = tl.where(m_j, 0.0, -float("inf")).to(TYPE)
+            b_s *= row_s
+            b_t *= row_t
             max_s, finite_s, lower_s = raised(max_s, tl.max(b_s + absent, 1))
             max_t, finite_t, lower_t = raised(max_t, tl.max(b_t + absent, 1))
             sum_s *= lower_s
@@ -303,30 +308,28 @@ def gradient_kernel(
                 column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
                 b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
                 b_s = relation_tile(
-                    s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, row_s, column_s, RAW_S, ALL_S, PRECISION
+                    s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, column_s, RAW_S, ALL_S, PRECISION
                 )  # fmt: skip
                 b_k = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
                 b_t = relation_tile(
-                    t_a, t_b, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, row_t, column_t, RAW_T, ALL_T, PRECISION
+                    t_a, t_b, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, column_t, RAW_T, ALL_T, PRECISION
                 )  # fmt: skip
                 # columns that do not count are multiplied with zeros in the end
                 w_j = back * tl.load(p_b + padded + o_j, m_j, 0.0)
                 v_j = back * tl.load(p_b + 3 * padded + o_j, m_j, 0.0)
-                w_row = w_i
-                v_row = v_i
-                if RAW_S:  # the inverse norms of the second product
-                    w_row = w_i * column_s
-                    v_row = v_i * column_s
-                    w_j *= column_s
-                    v_j *= column_s
                 if BOUNDED:
-                    b_e = tl.exp2(b_s - scale) * (w_row + w_j) - tl.exp2(b_t - scale) * (v_row + v_j)
+                    b_e = tl.exp2(tl.fma(b_s, row_s, -scale)) * (w_i + w_j)
+                    b_e -= tl.exp2(tl.fma(b_t, row_t, -scale)) * (v_i + v_j)
                 else:
+                    b_s *= row_s
+                    b_t *= row_t
                     max_sj = tl.load(p_b + o_j, m_j, float("inf"))
                     max_tj = tl.load(p_b + 2 * padded + o_j, m_j, float("inf"))
-                    b_e = tl.exp2(b_s - max_si) * w_row - tl.exp2(b_t - max_ti) * v_row
+                    b_e = tl.exp2(b_s - max_si) * w_i - tl.exp2(b_t - max_ti) * v_i
                     b_e += tl.exp2(b_s - max_sj) * w_j - tl.exp2(b_t - max_tj) * v_j
                     b_e = tl.where(m_j, b_e, 0.0)  # all that counts may lie far below a product with zeros
+                if RAW_S:  # the inverse norms of the second product
+                    b_e *= column_s
                 if ALL_S:
                     b_j = tl.trans(b_j)  # [BLOCK_J, BLOCK_OUT]
                 else:
