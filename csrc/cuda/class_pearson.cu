@@ -141,6 +141,9 @@ __device__ __forceinline__ void load_centred(const DirectLoss& direct, const Til
   };
   if (direct.student == Access::rows) fill(loss.student, memory);
   if (direct.teacher == Access::rows) fill(loss.teacher, teacher_rows);
+  RawLogits<max_classes, count> raw_s = {}, raw_t = {};
+  fetch_logits<max_classes>(loss.student, direct.student, tile, loss.classes, raw_s);
+  fetch_logits<max_classes>(loss.teacher, direct.teacher, tile, loss.classes, raw_t);
 #pragma unroll
   for (int p = 0; p < count; ++p) {
     int label = -1;
@@ -150,8 +153,8 @@ __device__ __forceinline__ void load_centred(const DirectLoss& direct, const Til
     counts[p] = label >= 0;
   }
   if (direct.student == Access::rows || direct.teacher == Access::rows) __syncthreads();
-  load_logits(loss.student, direct.student, tile, loss.classes, scale, memory, s);
-  load_logits(loss.teacher, direct.teacher, tile, loss.classes, scale, teacher_rows, t);
+  widen_logits<max_classes>(loss.student, direct.student, tile, loss.classes, scale, memory, raw_s, s);
+  widen_logits<max_classes>(loss.teacher, direct.teacher, tile, loss.classes, scale, teacher_rows, raw_t, t);
   centre(loss.classes, counts, s);
   centre(loss.classes, counts, t);
 }

@@ -89,9 +89,62 @@ struct Tile {
   }
 };
 
+// A thread's logits as they lie in memory: a pack in a class's first words, or an element in each. Nobody looks at one before
+// all of both networks are on their way: a load that is waited for where it stands leaves the memory idle.
 template <int max_classes, int count>
-__device__ __forceinline__ void load_logits(const Planes& x, Access access, const Tile<count>& tile, int classes,
-                                            float scale, const float* rows, float (&out)[max_classes][count]) {
+using RawLogits = uint32_t[max_classes][count];
+
+// An element's word, and a word's k-th element. No logits are double here.
+template <typename T>
+__device__ __forceinline__ uint32_t word_of(T x) {
+  if constexpr (sizeof(T) == 2)
+    return x.bits;
+  else
+    return __float_as_uint(static_cast<float>(x));
+}
+template <typename T>
+__device__ __forceinline__ T element_of(uint32_t bits, int k) {
+  if constexpr (sizeof(T) == 2)
+    return T{static_cast<uint16_t>(bits >> 16 * k)};
+  else
+    return __uint_as_float(bits);
+}
+
+// Zeros stay where the class or the pixel is not there, and where the logits are in shared memory.
+template <int max_classes, int count>
+__device__ __forceinline__ void fetch_logits(const Planes& x, Access access, const Tile<count>& tile, int classes,
+                                             RawLogits<max_classes, count>& raw) {
+  if (access == Access::rows) return;
+  const int64_t offset = offset_of(x, tile.image, tile.first + tile.own);
+  with_type<float>(x.type, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(x.data) + offset;  // moves on: a product for every class's address costs more
+    if constexpr (constexpr int words = count / word<T>; words > 0)
+      if (access == Access::packed) {
+        if (tile.own >= tile.length) return;
+#pragma unroll
+        for (int c = 0; c < max_classes; ++c, from += x.stride_c)
+          if (c < classes) {
+            const auto pack = load_pack<words>(reinterpret_cast<const uint32_t*>(from));
+#pragma unroll
+            for (int k = 0; k < words; ++k) raw[c][k] = pack.value[k];
+          }
+        return;
+      }
+#pragma unroll
+    for (int c = 0; c < max_classes; ++c, from += x.stride_c)
+      if (c < classes)
+#pragma unroll
+        for (int p = 0; p < count; ++p)
+          if (tile.own + p * tile.step < tile.length) raw[c][p] = word_of(from[p * tile.step * x.stride_n]);
+  });
+}
+
+// All classes that there may be: a condition would come between the loads.
+template <int max_classes, int count>
+__device__ __forceinline__ void widen_logits(const Planes& x, Access access, const Tile<count>& tile, int classes,
+                                             float scale, const float* rows, const RawLogits<max_classes, count>& raw,
+                                             float (&out)[max_classes][count]) {
   if (access == Access::rows) {
     const int pitch = row_pitch(classes);
 #pragma unroll
@@ -101,27 +154,14 @@ __device__ __forceinline__ void load_logits(const Planes& x, Access access, cons
         for (int p = 0; p < count; ++p) out[c][p] = rows[(tile.own + p * tile.step) * pitch + c];
     return;
   }
-  const int64_t offset = offset_of(x, tile.image, tile.first + tile.own);
   with_type<float>(x.type, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(x.data) + offset;  // moves on: a product for every class's address costs more
-    if (access == Access::packed) {
-      if (tile.own >= tile.length) return;
+    const bool packs = access == Access::packed && count % word<T> == 0;
 #pragma unroll
-      for (int c = 0; c < max_classes; ++c, from += x.stride_c)
-        if (c < classes) {
-          const Pack<T, count> pack = load_pack<count>(from);
+    for (int c = 0; c < max_classes; ++c)
 #pragma unroll
-          for (int p = 0; p < count; ++p) out[c][p] = widen(pack.value[p]) * scale;
-        }
-      return;
-    }
-#pragma unroll
-    for (int c = 0; c < max_classes; ++c, from += x.stride_c)
-      if (c < classes)
-#pragma unroll
-        for (int p = 0; p < count; ++p)
-          if (tile.own + p * tile.step < tile.length) out[c][p] = widen(from[p * tile.step * x.stride_n]) * scale;
+      for (int p = 0; p < count; ++p)
+        out[c][p] = widen(packs ? element_of<T>(raw[c][p / word<T>], p % word<T>) : element_of<T>(raw[c][p], 0)) * scale;
   });
 }
 
@@ -188,6 +228,9 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) regi
       load_rows(static_cast<const T*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, tile.first),
                 tile.length * classes, place, scale, teacher_rows);
     });
+  RawLogits<max_classes, count> raw_s = {}, raw_t = {};
+  fetch_logits<max_classes>(loss.student, direct.student, tile, classes, raw_s);
+  fetch_logits<max_classes>(loss.teacher, direct.teacher, tile, classes, raw_t);
   int label[count];
   float weight[count];
 #pragma unroll
@@ -200,8 +243,8 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) regi
   }
   if (direct.student == Access::rows || direct.teacher == Access::rows) __syncthreads();
   float s[max_classes][count] = {}, t[max_classes][count] = {}, value[count][terms];
-  load_logits(loss.student, direct.student, tile, classes, scale, student_rows, s);
-  load_logits(loss.teacher, direct.teacher, tile, classes, scale, teacher_rows, t);
+  widen_logits<max_classes>(loss.student, direct.student, tile, classes, scale, student_rows, raw_s, s);
+  widen_logits<max_classes>(loss.teacher, direct.teacher, tile, classes, scale, teacher_rows, raw_t, t);
   pixels_in_registers<decoupled, max_classes, count>(loss, label, weight, s, t, value);
   if (loss.gradient.data != nullptr) {
     store_gradient(loss.gradient, direct.gradient, tile, classes, student_rows, s);

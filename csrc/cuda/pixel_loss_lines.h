@@ -147,15 +147,19 @@ __device__ __forceinline__ void load_row(const LinesLoss& lines, const LineTile<
     const int64_t offset = offset_of(student, tile.image, line * lines.x.low + tile.own_low);
     const int64_t next = tile.upper_x == A(0) ? 0 : student.stride_n;
     with_type<A>(student.type, [&](auto zero) {
-      const auto* from = static_cast<const decltype(zero)*>(student.data) + offset;
+      using T = decltype(zero);
+      const T* from = static_cast<const T*>(student.data) + offset + first * student.stride_c;
+      T left[count] = {}, right[count] = {};  // all on their way before the first is looked at
+#pragma unroll
+      for (int c = 0; c < count; ++c, from += student.stride_c)
+        if (first + c < classes) {
+          left[c] = from[0];
+          right[c] = from[next];
+        }
 #pragma unroll
       for (int c = 0; c < count; ++c)
-        if (first + c < classes) {
-          const auto* at = from + (first + c) * student.stride_c;
-          const A left = finite_absent(static_cast<A>(widen(at[0])) * scale);
-          const A right = finite_absent(static_cast<A>(widen(at[next])) * scale);
-          out[c] += weight_z * ((A(1) - tile.upper_x) * left + tile.upper_x * right);
-        }
+        out[c] += weight_z * ((A(1) - tile.upper_x) * finite_absent(static_cast<A>(widen(left[c])) * scale) +
+                              tile.upper_x * finite_absent(static_cast<A>(widen(right[c])) * scale));
     });
   }
 }
@@ -180,11 +184,12 @@ __global__ void __launch_bounds__(most_line_threads, max_classes <= 16 ? 2 : 1) 
   float all[max_classes] = {};  // sums of gradients
   for (int c = 0; c < loss.classes; ++c) low[c * memory.pitch] = 0;
   const auto enter_row = [&](int low_y, float* row) {
-    for (int c = 0; c < loss.classes; c += batch<float>) {
-      float some[batch<float>];
+    constexpr int at_once = 8;
+    for (int c = 0; c < loss.classes; c += at_once) {
+      float some[at_once];
       load_row(lines, tile, low_y, c, scale, some);
 #pragma unroll
-      for (int i = 0; i < batch<float>; ++i)
+      for (int i = 0; i < at_once; ++i)
         if (c + i < loss.classes) row[(c + i) * memory.pitch] = some[i];
     }
   };
@@ -207,10 +212,14 @@ __global__ void __launch_bounds__(most_line_threads, max_classes <= 16 ? 2 : 1) 
         weight[0] = 0;
       }
       with_type<float>(loss.teacher.type, [&](auto zero) {
-        const auto* at = static_cast<const decltype(zero)*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, pixel);
+        using T = decltype(zero);
+        const T* at = static_cast<const T*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, pixel);
+        T raw[max_classes] = {};  // all on their way before the first is looked at
 #pragma unroll
         for (int c = 0; c < max_classes; ++c, at += loss.teacher.stride_c)
-          if (c < loss.classes) t[c][0] = widen(*at) * scale;
+          if (c < loss.classes) raw[c] = *at;
+#pragma unroll
+        for (int c = 0; c < max_classes; ++c) t[c][0] = static_cast<float>(widen(raw[c])) * scale;
       });
 #pragma unroll
       for (int c = 0; c < max_classes; ++c)
