@@ -130,7 +130,7 @@ __device__ __forceinline__ void load_centred(const DirectLoss& direct, const Til
                                              bool (&counts)[count], float (&s)[max_classes][count],
                                              float (&t)[max_classes][count]) {
   const PixelLoss& loss = direct.loss;
-  const float scale = static_cast<float>(log2_e / loss.temperature);
+  const float scale = static_cast<float>(loss.to_base_2);
   float* const teacher_rows = memory + direct_threads * count * row_pitch(loss.classes);
   const RowPlaces place(loss.classes);
   const auto fill = [&](const Planes& x, float* rows) {
@@ -288,7 +288,7 @@ struct Centred {
   __device__ __forceinline__ Centred(const PixelLoss& loss, const Planes& x, int64_t image, int64_t pixel, bool counts)
       : x(x),
         offset(offset_of(x, image, pixel)),
-        scale(static_cast<A>(log2_e / loss.temperature)),
+        scale(static_cast<A>(loss.to_base_2)),
         mean(A(1) / static_cast<A>(loss.classes)) {
     if (!counts) return;
     A sum = A(0);
@@ -472,6 +472,7 @@ struct PearsonCall {
     loss.target = target ? target->data_ptr() : nullptr;
     if (target) loss.target_type = type_of(*target);
     loss.temperature = temperature;
+    loss.to_base_2 = log2_e / temperature;
     loss.ignore_index = ignore_index;
     twice = arithmetic_type(student, teacher) == ScalarType::Double;
     in_registers = !twice && loss.classes <= most_register_classes;

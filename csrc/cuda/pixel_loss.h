@@ -27,6 +27,7 @@ struct PixelLoss {
   void* per_pixel[terms];      // [B, N] each, in the type of the arithmetic, or nullptr
   double* block_sums;          // [blocks, sums] or nullptr
   double target_weight, nontarget_weight, temperature;
+  double to_base_2;            // what logits are multiplied by when they are loaded
   int64_t ignore_index, images, pixels;
   int classes;
 };
@@ -226,14 +227,32 @@ __device__ __forceinline__ void pixel_in_sweeps(const PixelLoss& loss, int label
   result.values(loss, pixel, label >= 0, value);
 }
 
-// Writes a block's sums. `scratch` is shared memory for `sums` values a warp.
+// A warp's sums of four numbers that each lane has: lane 8 k gets the k-th. At every step half of what is left goes to the other
+// half of the lanes, so it takes six shuffles where warp_sum takes five for each number.
+__device__ __forceinline__ double warp_sums(const double (&x)[sums]) {
+  static_assert(sums == 4);
+  const bool last_two = lane_index() & 16, second = lane_index() & 8;
+  double pair[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+    pair[k] = (last_two ? x[k + 2] : x[k]) + __shfl_xor_sync(all_lanes, last_two ? x[k] : x[k + 2], 16);
+  double sum = (second ? pair[1] : pair[0]) + __shfl_xor_sync(all_lanes, second ? pair[0] : pair[1], 8);
+#pragma unroll
+  for (int distance = 4; distance > 0; distance /= 2) sum += __shfl_xor_sync(all_lanes, sum, distance);
+  return sum;
+}
+
+// Writes a block's sums, the warps' in their order. `scratch` is shared memory for `sums` values a warp.
 __device__ __forceinline__ void write_sums(const PixelLoss& loss, const double (&sum)[sums], double* scratch) {
   if (loss.block_sums == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < sums; ++i) {
-    const double total = block_sum(sum[i], scratch + i * (blockDim.x / warp_size));
-    if (threadIdx.x == 0) loss.block_sums[int64_t{blockIdx.x} * sums + i] = total;
-  }
+  const int warps = static_cast<int>(blockDim.x) / warp_size;
+  const double of_warp = warp_sums(sum);
+  if (lane_index() % 8 == 0) scratch[lane_index() / 8 * warps + warp_index()] = of_warp;
+  __syncthreads();
+  if (threadIdx.x >= sums) return;
+  double total = 0;
+  for (int warp = 0; warp < warps; ++warp) total += scratch[static_cast<int>(threadIdx.x) * warps + warp];
+  loss.block_sums[int64_t{blockIdx.x} * sums + threadIdx.x] = total;
 }
 
 template <typename A>
@@ -259,9 +278,20 @@ template <typename A>
 __device__ __forceinline__ void finish(const double* block_sums, int64_t blocks, const PixelLossOutputs& outputs,
                                        double* scratch) {
   double sum[sums] = {};
-  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x)
+  constexpr int at_once = 4;  // blocks whose sums are on their way together
+  for (int64_t first = threadIdx.x; first < blocks; first += at_once * static_cast<int64_t>(blockDim.x)) {
+    Pack<double, 2> half[at_once][2] = {};
 #pragma unroll
-    for (int k = 0; k < sums; ++k) sum[k] += block_sums[i * sums + k];
+    for (int i = 0; i < at_once; ++i)
+      if (const int64_t block = first + i * static_cast<int64_t>(blockDim.x); block < blocks) {
+        half[i][0] = load_pack<2>(block_sums + block * sums);
+        half[i][1] = load_pack<2>(block_sums + block * sums + 2);
+      }
+#pragma unroll
+    for (int i = 0; i < at_once; ++i)
+#pragma unroll
+      for (int k = 0; k < sums; ++k) sum[k] += half[i][k / 2].value[k % 2];
+  }
 #pragma unroll
   for (int k = 0; k < sums; ++k) sum[k] = block_sum(sum[k], scratch + k * (blockDim.x / warp_size));
   if (threadIdx.x > 0) return;

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) regi
   const PixelLoss& loss = direct.loss;
   const Tile<count> tile(direct);
   const int classes = loss.classes;
-  const float scale = static_cast<float>(log2_e / loss.temperature);
+  const float scale = static_cast<float>(loss.to_base_2);
   double* scratch = shared_memory<double>();
   float* student_rows = reinterpret_cast<float*>(scratch + sums * (direct_threads / warp_size));
   float* teacher_rows = student_rows + (direct.student == Access::rows || direct.gradient == Access::rows
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) regi
 template <bool decoupled, int lanes, typename A>
 __global__ void __launch_bounds__(direct_threads, 4) sweep_kernel(PixelLoss loss) {
   const int64_t index = (int64_t{blockIdx.x} * direct_threads + threadIdx.x) / lanes;  // over all images
-  const A scale = static_cast<A>(log2_e / loss.temperature);
+  const A scale = static_cast<A>(loss.to_base_2);
   double sum[sums] = {};
   if (index < loss.images * loss.pixels) {
     const int64_t image = index / loss.pixels, pixel = index - image * loss.pixels;

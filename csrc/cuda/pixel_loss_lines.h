@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(most_line_threads, max_classes <= 16 ? 2 : 1) 
   const PixelLoss& loss = lines.loss;
   const LineTile<float> tile(lines);
   const LineMemory<float> memory(loss.classes, 3);
-  const float scale = static_cast<float>(log2_e / loss.temperature);
+  const float scale = static_cast<float>(loss.to_base_2);
   const bool want_gradient = loss.gradient.data != nullptr;
   if (want_gradient) memory.prepare(lines, tile);
   // this thread's columns: the student's two rows; the sums of gradients times the lower row's weight, or what is gathered
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(most_line_threads) line_sweep_kernel(LinesLoss
   const int first_class = static_cast<int>(blockIdx.y) * lines.chunk;
   const int classes = min(lines.chunk, loss.classes - first_class);
   const LineMemory<A> memory(lines.chunk, 2);
-  const A scale = static_cast<A>(log2_e / loss.temperature);
+  const A scale = static_cast<A>(loss.to_base_2);
   const bool want_gradient = loss.gradient.data != nullptr;
   A* all = memory.columns[0] + threadIdx.x;
   A* low = memory.columns[1] + threadIdx.x;
