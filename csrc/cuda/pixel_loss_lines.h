@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(most_line_threads, max_classes <= 16 ? 2 : 1) 
     below = free;
     if (first_y < last_y) enter_row(min(low_y + 1, lines.y.low - 1), below);
     for (int y = first_y; y < last_y; ++y) {
-      const float upper = lines.y.upper_weight<float>(y);
+      const float upper = lines.y.upper_weight<float>(y, low_y);
       const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
       int label[1];
       float weight[1], s[max_classes][1], t[max_classes][1], value[1][terms];
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(most_line_threads) line_sweep_kernel(LinesLoss
   for (int low_y = tile.low_y; low_y <= tile.last_low_y; ++low_y) {
     const int first_y = max(lines.y.begin(low_y), tile.first_y), last_y = min(lines.y.begin(low_y + 1), tile.last_y);
     for (int y = first_y; y < last_y; ++y) {
-      const A upper = lines.y.upper_weight<A>(y);
+      const A upper = lines.y.upper_weight<A>(y, low_y);
       const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
       int label;
       A weight, value[terms];

@@ -23,7 +23,11 @@ struct Interpolated {
   }
   template <typename A>
   MEDKD_INLINE A upper_weight(Integer i) const {
-    const Integer below = lower(i);
+    return upper_weight<A>(i, lower(i));
+  }
+  // The same where lower(i) is known: a division of whole numbers less.
+  template <typename A>
+  MEDKD_INLINE A upper_weight(Integer i, Integer below) const {
     const uint64_t whole = 2 * static_cast<uint64_t>(full);
     return below == low - 1 ? A(0) : static_cast<A>(place(i) - static_cast<uint64_t>(below) * whole) / static_cast<A>(whole);
   }
