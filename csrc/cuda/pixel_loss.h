@@ -74,8 +74,9 @@ struct PixelTerms {
     scale = weight * static_cast<A>(loss.temperature);
     target = {A(0), A(0)};
     if (decoupled) {
-      const A d_s = (pixel.own_s - pixel.max_s) * A(ln_2) - log_nonnegative(pixel.sum_s);
-      const A d_t = (pixel.own_t - pixel.max_t) * A(ln_2) - log_nonnegative(pixel.sum_t);
+      // an error in these moves a network by as little, and what is made of both stays exact for equal ones
+      const A d_s = (pixel.own_s - pixel.max_s - near_log2(pixel.sum_s)) * A(ln_2);
+      const A d_t = (pixel.own_t - pixel.max_t - near_log2(pixel.sum_t)) * A(ln_2);
       target = target_term(d_s, d_t);
     }
     inverse_t = inverse_of_sum(pixel.sum_t);

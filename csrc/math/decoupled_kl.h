@@ -20,7 +20,7 @@ MEDKD_INLINE A weighted_difference(A e_t, A x_t, A x_s) {
 // 1 / x, and 0 where a sum of exponentials has no class.
 template <typename A>
 MEDKD_INLINE A inverse_of_sum(A x) {
-  return x > A(0) ? A(1) / x : A(0);
+  return x > A(0) ? near_reciprocal(x) : A(0);
 }
 
 // KL(teacher, student) over a set of classes from the two sums of exponentials and the summed weighted differences.
@@ -47,8 +47,8 @@ MEDKD_INLINE TargetTerm<A> target_term(A d_s, A d_t) {
   const A t = flip ? -d_t : d_t;
   const A e_s = exp_nonpositive(-absolute(s));
   const A e_t = exp_nonpositive(t);
-  const A inverse_s = A(1) / (A(1) + e_s);
-  const A inverse_t = A(1) / (A(1) + e_t);
+  const A inverse_s = near_reciprocal(A(1) + e_s);
+  const A inverse_t = near_reciprocal(A(1) + e_t);
   const A b_t = e_t * inverse_t;
   // what the student rules out and the teacher does not is infinitely far, even where the teacher's probability underflows
   const bool ruled_out = s == -infinity<A>() && t > -infinity<A>();

@@ -120,6 +120,30 @@ MEDKD_INLINE float log_nonnegative(float x) {
 }
 MEDKD_INLINE double log_nonnegative(double x) { return log(x); }
 
+// 1 / x and log2 x for x that are no smaller than 1, or 0, whose logarithm is -infinity: one instruction each on the device,
+// with errors of 1 ulp, and of 2^-22 near 1. A quotient that must be 1 for equal numbers is not made of the first.
+MEDKD_INLINE float near_reciprocal(float x) {
+#if MEDKD_DEVICE_CODE
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+MEDKD_INLINE double near_reciprocal(double x) { return 1 / x; }
+
+MEDKD_INLINE float near_log2(float x) {
+#if MEDKD_DEVICE_CODE
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return log2f(x);
+#endif
+}
+MEDKD_INLINE double near_log2(double x) { return log2(x); }
+
 // log(1 + x) for x in [0, 1], given 1 / (1 + x).
 MEDKD_INLINE float log1p_unit(float x, float inverse) {
 #if MEDKD_DEVICE_CODE
