@@ -7,12 +7,14 @@
 //   rows_inside()                                     how threads should lie over its rows
 //   column(k)                                         the matrix's column for feature row k
 //   line(image, k, pixel, count)                      a pack of feature row k, zeros behind `count` pixels
+//   planes()                                          instead of line, where it is `plain`: see products.h
 //   finish(image, first, rows, pixel, length, tile, stride)   the gradient from tile[row * stride + column]; all threads
 #pragma once
 
 #include <algorithm>
 
 #include "pixels.h"
+#include "planes.h"
 
 namespace medkd {
 
@@ -71,13 +73,43 @@ __global__ void __launch_bounds__(apply_threads, 2) apply_kernel(const Source so
   for (int64_t start = 0; start < plan.depth; start += depth_step) {
     const int64_t left = ceil_div(plan.depth - start, width) * width;
     const int some = left < depth_step ? static_cast<int>(left) : depth_step;
-    Walk pixels(some, plan.panels * tile_columns<A> / width, source.rows_inside(), thread, apply_threads);
-    for (; pixels.inside(); pixels.next()) {
-      const int at = pixels.pack() * width;
-      const int count = pixels_in_pack<A>(at, length);
-      const int64_t k = start + pixels.row();
-      const Pack<A, width> values = k < plan.depth ? source.line(image, k, first + at, count) : Pack<A, width>{};
-      store_pack(lines + at / tile_columns<A> * panel_size + pixels.row() * line_stride<A> + at % tile_columns<A>, values);
+    constexpr int panel_packs = tile_columns<A> / width;
+    const int line_packs = plan.panels * panel_packs;
+    const auto place = [&](const Walk& walk) {
+      return lines + walk.pack() / panel_packs * panel_size + walk.row() * line_stride<A> + walk.pack() % panel_packs * width;
+    };
+    if constexpr (Source::plain) {
+      constexpr int at_once = 8;
+      const Planes x = source.planes();
+      const int there = static_cast<int>(plan.depth - start) < some ? static_cast<int>(plan.depth - start) : some;
+      with_type<A>(x.type, [&](auto zero) {
+        using T = decltype(zero);
+        if constexpr (sizeof(T) <= sizeof(A)) {
+          const T* const from = static_cast<const T*>(x.data) + image * x.stride_b + start * x.stride_c + first;
+          for (Walk next(some, line_packs, false, thread, apply_threads); next.inside();) {
+            Walk walk = next;
+            Raw raw[at_once];
+#pragma unroll
+            for (int i = 0; i < at_once; ++i, next.next()) {
+              raw[i] = Raw{};
+              if (next.inside() && next.row() < there && next.pack() * width < length)
+                raw[i] = as_raw(load_pack<width>(from + next.row() * x.stride_c + next.pack() * width));
+            }
+#pragma unroll
+            for (int i = 0; i < at_once; ++i, walk.next())
+              if (walk.inside()) store_pack(place(walk), widen_as<T, A>(raw[i]));
+          }
+        }
+      });
+    } else {
+      Walk pixels(some, line_packs, source.rows_inside(), thread, apply_threads);
+      for (; pixels.inside(); pixels.next()) {
+        const int at = pixels.pack() * width;
+        const int count = pixels_in_pack<A>(at, length);
+        const int64_t k = start + pixels.row();
+        const Pack<A, width> values = k < plan.depth ? source.line(image, k, first + at, count) : Pack<A, width>{};
+        store_pack(place(pixels), values);
+      }
     }
     for (int k = thread; k < rows * apply_packs; k += apply_threads) {
       const int row = k / apply_packs, pack = k % apply_packs;

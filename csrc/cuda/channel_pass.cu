@@ -55,6 +55,7 @@ static ChannelValues<A> values_of(const ChannelCall& call) {
 template <typename A>
 struct ChannelRows {
   static constexpr int fetches = 1;
+  static constexpr bool plain = false;
   ChannelValues<A> values;
   PackedPlanes network[2];
   int64_t networks, channels, all_rows;
@@ -87,9 +88,41 @@ struct ChannelRows {
   }
 };
 
+// The same where channels are multiplied as they are.
+template <typename A>
+struct PlainRows {
+  static constexpr int fetches = 1;
+  static constexpr bool plain = true;
+  Planes network[2];
+  int64_t networks;
+  int units;
+
+  __device__ __forceinline__ int64_t image(int64_t set) const { return networks == 2 ? set / 2 : set; }
+  __device__ __forceinline__ Planes planes(int64_t set) const {  // no choice of a struct, whose pointer might lead anywhere
+    const bool second = networks == 2 && set % 2 != 0;
+    const Planes &s = network[0], &t = network[1];
+    return {second ? t.data : s.data, second ? t.type : s.type, second ? t.stride_b : s.stride_b,
+            second ? t.stride_c : s.stride_c, 1};
+  }
+  __device__ __forceinline__ static bool rows_inside(int64_t) { return false; }
+
+  __device__ __forceinline__ int64_t row(const ProductPlan& plan, int tile, int r) const {
+    const int64_t row = int64_t{tile} * plan.tile_rows + r;
+    return r < plan.tile_rows && row < plan.rows ? row : -1;
+  }
+};
+
+// Whether channels are multiplied as they are and lie in whole packs, whose places in an image 32 bits number.
+template <typename A>
+static bool is_plain(const ChannelCall& call, const PackedPlanes& x) {
+  return !is_shifted(call.kind) && call.mask == nullptr && x.packed && call.pixels % lanes<A> == 0 &&
+         call.channels * x.planes.stride_c <= 0x7fffffff;
+}
+
 // For apply.h. The matrix's last row is what the channels are shifted by.
 template <typename A>
 struct ChannelGradient {
+  static constexpr bool plain = false;
   ChannelValues<A> values;
   PackedPlanes x, gradient;
   int64_t channels, rows;
@@ -128,6 +161,27 @@ struct ChannelGradient {
                for (int k = 0; k < lanes<A>; ++k)
                  pack.value[k] *= factor * (values.features == Features::exponential ? times.value[k] : A(1));
              });
+  }
+};
+
+template <typename A>
+struct PlainGradient {
+  static constexpr bool plain = true;
+  Planes x;
+  PackedPlanes gradient;
+  const A* factors;  // or nullptr
+  int64_t factor_stride;
+
+  __device__ __forceinline__ const Planes& planes() const { return x; }
+  __device__ __forceinline__ static int64_t column(int64_t channel) { return channel; }
+
+  __device__ __forceinline__ void finish(int64_t image, int64_t first, int some, int64_t pixel, int length, const A* tile,
+                                         int stride) const {
+    const A factor = factors == nullptr ? A(1) : factors[image * factor_stride];
+    put_tile(gradient, image, first, some, pixel, length, tile, stride, [&](int, int, Pack<A, lanes<A>>& pack) {
+#pragma unroll
+      for (int k = 0; k < lanes<A>; ++k) pack.value[k] *= factor;
+    });
   }
 };
 
@@ -246,7 +300,11 @@ static ChannelProducts products_as(const ChannelCall& call, bool mean, Room& roo
         {ceil_div(sets * channels, highest_threads)}, highest_threads, 0, stream,
         highest, sets, parts, channels, shifts);
   }
-  sum_products<A>(rows, plan, partials, products, stream);
+  if (is_plain<A>(call, rows.network[0]) && is_plain<A>(call, rows.network[1]))
+    sum_products<A>(PlainRows<A>{{call.network[0], call.network[1]}, call.networks, static_cast<int>(channels)}, plan, partials,
+                    products, stream);
+  else
+    sum_products<A>(rows, plan, partials, products, stream);
   return {{valid, call.images, call.pixels, mean}, products, shifts};
 }
 
@@ -267,8 +325,12 @@ static void gradient_as(const ChannelCall& call, const Planes& gradient, const v
                                   static_cast<const A*>(matrix),
                                   static_cast<const A*>(factors),
                                   factor_stride};
-  apply_matrix<A>(source, apply_plan<A>(call.images, call.pixels, call.channels, call.rows, matrix, call.rows * call.rows),
-                  stream);
+  const ApplyPlan plan =
+      apply_plan<A>(call.images, call.pixels, call.channels, call.rows, matrix, call.rows * call.rows);
+  if (is_plain<A>(call, source.x))
+    apply_matrix<A>(PlainGradient<A>{call.network[0], source.gradient, source.factors, factor_stride}, plan, stream);
+  else
+    apply_matrix<A>(source, plan, stream);
 }
 
 void channel_gradient(const ChannelCall& call, const Planes& gradient, const void* matrix, const void* factors,

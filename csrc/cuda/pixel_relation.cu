@@ -9,6 +9,7 @@ namespace medkd {
 template <typename A>
 struct PixelRowsOfBoth {
   static constexpr int fetches = 2;
+  static constexpr bool plain = false;
   Normalised<A> student, teacher;
   int64_t widest;
 
@@ -44,6 +45,7 @@ struct PixelRowsOfBoth {
 // memory; then through the division by the norm.
 template <typename A>
 struct PixelGradient {
+  static constexpr bool plain = false;
   Normalised<A> student, teacher;
   int64_t widest;
   PackedPlanes gradient;

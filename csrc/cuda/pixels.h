@@ -27,6 +27,13 @@ struct PackedPlanes {
   __host__ __device__ static int64_t element_bytes(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 };
 
+template <typename T, int count>
+__device__ __forceinline__ Raw as_raw(const Pack<T, count>& pack) {
+  Raw raw{};
+  memcpy(&raw, &pack, sizeof pack);
+  return raw;
+}
+
 template <typename T, typename A>
 __device__ __forceinline__ Raw fetch_as(const PackedPlanes& x, int64_t at, int count) {
   const T* from = static_cast<const T*>(x.planes.data) + at;

@@ -10,11 +10,15 @@
 //   fetch(set, unit, pixel, count, raw)            loads a pack of a unit, counted over all tiles
 //   stash(set, unit, pixel, count, raw, to, at)    to[at(r)] = the r-th of a unit's rows, zeros behind `count` pixels
 //   row(tile, r)                                   where row r of a tile lies in the matrix of products, negative: nowhere
+// or, where the rows lie in memory as they are multiplied, in whole packs (`plain`: what finds that out for every pack is more
+// instructions than the products), with
+//   planes(set), image(set), units                 instead of fetch and stash
 #pragma once
 
 #include <algorithm>
 
 #include "pixels.h"
+#include "planes.h"
 
 namespace medkd {
 
@@ -105,36 +109,71 @@ __global__ void __launch_bounds__(product_threads, 1)
   const int a_at = bands.i * stride, b_at = bands.j * stride + (diagonal ? 0 : tile_size);
 
   const int units = (diagonal ? 1 : 2) * plan.tile_units;
-  const int64_t begin = part * plan.chunks_per_part * plan.packs * width;
-  const int64_t end = begin + plan.chunks_per_part * plan.packs * width < plan.pixels
-                          ? begin + plan.chunks_per_part * plan.packs * width
-                          : plan.pixels;
+  using Place = std::conditional_t<Source::plain, int, int64_t>;  // of a pixel
+  const int64_t part_pixels = plan.chunks_per_part * plan.packs * width, part_begin = part * part_pixels;
+  const Place begin = static_cast<Place>(part_begin);
+  const Place end = static_cast<Place>(part_begin + part_pixels < plan.pixels ? part_begin + part_pixels : plan.pixels);
   const auto unit_of = [&](int row) {
     return row < plan.tile_units ? pair.i * plan.tile_units + row : pair.j * plan.tile_units + row - plan.tile_units;
   };
 
+  const Walk plain_walk(units, plan.packs, false, thread, product_threads);
   Raw raw[steps][fetches];
-  const auto load = [&](int64_t first) {
-    Walk walk(units, plan.packs, source.rows_inside(set), thread, product_threads);
+  const auto load = [&](Place first) {
+    if constexpr (Source::plain) {
+      Walk walk = plain_walk;
+      const Planes x = source.planes(set);
+      const int to_next = static_cast<int>(x.stride_c);
+      const int packs = end - first < plan.packs * width ? static_cast<int>(end - first) / width : plan.packs;
+      with_type<A>(x.type, [&](auto zero) {
+        using T = decltype(zero);
+        if constexpr (sizeof(T) <= sizeof(A)) {
+          const T* const from = static_cast<const T*>(x.data) + source.image(set) * x.stride_b + first;
 #pragma unroll
-    for (int k = 0; k < steps; ++k, walk.next())
-      if (walk.inside()) {
-        const int64_t pixel = first + walk.pack() * width;
-        source.fetch(set, unit_of(walk.row()), pixel, pixels_in_pack<A>(pixel, end), raw[k]);
-      }
+          for (int k = 0; k < steps; ++k, walk.next()) {
+            const int unit = min(unit_of(walk.row()), source.units - 1);  // what the others make is nowhere in the products
+            raw[k][0] = Raw{};
+            if (walk.inside() && walk.pack() < packs)
+              raw[k][0] = as_raw(load_pack<width>(from + unit * to_next + walk.pack() * width));
+          }
+        }
+      });
+    } else {
+      Walk walk(units, plan.packs, source.rows_inside(set), thread, product_threads);
+#pragma unroll
+      for (int k = 0; k < steps; ++k, walk.next())
+        if (walk.inside()) {
+          const int64_t pixel = first + walk.pack() * width;
+          source.fetch(set, unit_of(walk.row()), pixel, pixels_in_pack<A>(pixel, end), raw[k]);
+        }
+    }
   };
-  const auto keep = [&](int64_t first, A* to) {
-    Walk walk(units, plan.packs, source.rows_inside(set), thread, product_threads);
+  const auto keep = [&](Place first, A* to) {
+    if constexpr (Source::plain) {
+      Walk walk = plain_walk;
+      with_type<A>(source.planes(set).type, [&](auto zero) {
+        using T = decltype(zero);
 #pragma unroll
-    for (int k = 0; k < steps; ++k, walk.next())
-      if (walk.inside()) {
-        const int64_t pixel = first + walk.pack() * width;
-        const bool second = walk.row() >= plan.tile_units;
-        const int row = walk.row() - (second ? plan.tile_units : 0), pack = walk.pack();
-        A* const tile = to + (second ? tile_size : 0);
-        source.stash(set, unit_of(walk.row()), pixel, pixels_in_pack<A>(pixel, end), raw[k],
-                     [&](int r) { return tile + in_bands<A>(row + r * plan.tile_units, pack, stride); });
-      }
+        for (int k = 0; k < steps; ++k, walk.next())
+          if (walk.inside()) {
+            const int row = walk.row() < plan.tile_units ? walk.row() : walk.row() - plan.tile_units;
+            A* const tile = to + (walk.row() < plan.tile_units ? 0 : tile_size);
+            store_pack(tile + in_bands<A>(row, walk.pack(), stride), widen_as<T, A>(raw[k][0]));
+          }
+      });
+    } else {
+      Walk walk(units, plan.packs, source.rows_inside(set), thread, product_threads);
+#pragma unroll
+      for (int k = 0; k < steps; ++k, walk.next())
+        if (walk.inside()) {
+          const int64_t pixel = first + walk.pack() * width;
+          const bool second = walk.row() >= plan.tile_units;
+          const int row = walk.row() - (second ? plan.tile_units : 0), pack = walk.pack();
+          A* const tile = to + (second ? tile_size : 0);
+          source.stash(set, unit_of(walk.row()), pixel, pixels_in_pack<A>(pixel, end), raw[k],
+                       [&](int r) { return tile + in_bands<A>(row + r * plan.tile_units, pack, stride); });
+        }
+    }
   };
 
   // the rows that fill up the last band stay 0
@@ -154,8 +193,8 @@ __global__ void __launch_bounds__(product_threads, 1)
   }
   __syncthreads();
   int turn = 0, run = 0;
-  for (int64_t first = begin; first < end; first += plan.packs * width, turn ^= 1) {
-    const int64_t next = first + plan.packs * width;
+  for (Place first = begin; first < end; first += plan.packs * width, turn ^= 1) {
+    const Place next = first + plan.packs * width;
     if (next < end) load(next);
     if (group < groups) {
       const A* const x = shared + turn * stage;
