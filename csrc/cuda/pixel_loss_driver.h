@@ -168,7 +168,8 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
       }
       launch_lines<decoupled, A>(lines, blocks, stream);
       if (need_gradient) {
-        const int64_t gathering = ceil_div(student.numel(), gather_threads);
+        const int64_t groups = ceil_div(loss.classes, gathered_classes);
+        const int64_t gathering = ceil_div(student.numel() / loss.classes * groups, gather_threads);
         launch<gather_kernel<A>>({gathering + 1}, gather_threads, scratch_bytes(gather_threads), stream, lines,
                                  reduced ? blocks : 0, outputs);
         finished = true;

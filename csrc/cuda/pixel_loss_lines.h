@@ -311,7 +311,10 @@ __global__ void __launch_bounds__(most_line_threads) line_sweep_kernel(LinesLoss
   if (first_class == 0) write_sums(loss, sum, memory.scratch);
 }
 
-// The gradient of each of the student's pixels and classes from the blocks that touched it, and in the first block the loss.
+// The gradient of each of the student's pixels from the blocks that touched it, and in the first block the loss. A thread has some
+// of a pixel's classes: where it lies takes more to find than its sums.
+constexpr int gathered_classes = 8;
+
 template <typename A>
 __global__ void gather_kernel(LinesLoss lines, int64_t blocks, PixelLossOutputs outputs) {
   if (blockIdx.x == 0) {
@@ -319,30 +322,43 @@ __global__ void gather_kernel(LinesLoss lines, int64_t blocks, PixelLossOutputs 
     return;
   }
   const Axis &z = lines.z, &y = lines.y, &x = lines.x;
+  const int classes = lines.loss.classes, groups = ceil_div(classes, gathered_classes);
   const int64_t low_pixels = int64_t{z.low} * y.low * x.low;
   const int64_t index = (int64_t{blockIdx.x} - 1) * blockDim.x + threadIdx.x;
-  if (index >= lines.loss.images * lines.loss.classes * low_pixels) return;
-  const int64_t pixel = index % low_pixels, image = index / low_pixels / lines.loss.classes;
-  const int c = static_cast<int>(index / low_pixels % lines.loss.classes);
+  if (index >= lines.loss.images * groups * low_pixels) return;
+  const int64_t pixel = index % low_pixels, image = index / low_pixels / groups;
+  const int first = static_cast<int>(index / low_pixels % groups) * gathered_classes;
   const int low_x = static_cast<int>(pixel % x.low), low_y = static_cast<int>(pixel / x.low % y.low);
   const int low_z = static_cast<int>(pixel / x.low / y.low);
   const int first_z = z.begin(low_z - 1), last_z = z.begin(low_z + 1);
   const int first_y = y.begin(low_y - 1) / y.tile, last_y = (y.begin(low_y + 1) - 1) / y.tile;
   const int first_x = x.begin(low_x - 1) / x.tile, last_x = (x.begin(low_x + 1) - 1) / x.tile;
-  A total = A(0);
+  A total[gathered_classes] = {};
   for (int i_z = first_z; i_z < last_z; ++i_z) {
     const A upper = z.upper_weight<A>(i_z);
-    A plane = A(0);
+    A plane[gathered_classes] = {};
     for (int i_y = first_y; i_y <= last_y; ++i_y)
       for (int i_x = first_x; i_x <= last_x; ++i_x) {
         const int64_t slot = ((image * z.full + i_z) * y.tiles + i_y) * x.tiles + i_x;
         const int row = low_y - y.lower(i_y * y.tile), column = low_x - x.lower(i_x * x.tile);
-        plane += static_cast<const A*>(
-            lines.partial)[((slot * y.touched + row) * lines.loss.classes + c) * x.touched + column];
+        const A* const from =
+            static_cast<const A*>(lines.partial) + ((slot * y.touched + row) * classes + first) * x.touched + column;
+        A touched[gathered_classes] = {};
+#pragma unroll
+        for (int c = 0; c < gathered_classes; ++c)
+          if (first + c < classes) touched[c] = from[c * x.touched];
+#pragma unroll
+        for (int c = 0; c < gathered_classes; ++c) plane[c] += touched[c];
       }
-    total += (z.lower(i_z) == low_z ? A(1) - upper : upper) * plane;
+    const A weight = z.lower(i_z) == low_z ? A(1) - upper : upper;
+#pragma unroll
+    for (int c = 0; c < gathered_classes; ++c) total[c] += weight * plane[c];
   }
-  store_element(lines.loss.gradient, offset_of(lines.loss.gradient, image, pixel) + c * lines.loss.gradient.stride_c, total);
+  const Planes& gradient = lines.loss.gradient;
+  const int64_t offset = offset_of(gradient, image, pixel) + first * gradient.stride_c;
+#pragma unroll
+  for (int c = 0; c < gathered_classes; ++c)
+    if (first + c < classes) store_element(gradient, offset + c * gradient.stride_c, total[c]);
 }
 
 }  // namespace medkd
