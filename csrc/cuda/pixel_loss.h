@@ -151,8 +151,8 @@ __device__ __forceinline__ void pixels_in_registers(const PixelLoss& loss, const
     result.values(loss, pixel[p], label[p] >= 0, value[p]);
     if (loss.gradient.data == nullptr) continue;
 #pragma unroll
-    for (int c = 0; c < max_classes; ++c)
-      if (c < loss.classes) s[c][p] = result.gradient(s[c][p], t[c][p], own_class[p] == A(c), label[p] >= 0);
+    for (int c = 0; c < max_classes; ++c)  // also for classes that are not there, for which nobody asks: cheaper than a condition
+      s[c][p] = result.gradient(s[c][p], t[c][p], own_class[p] == A(c), label[p] >= 0);
   }
 }
 

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(most_line_threads, max_classes <= 16 ? 2 : 1) 
       const float upper = lines.y.upper_weight<float>(y, low_y);
       const int64_t pixel = (static_cast<int64_t>(tile.z) * lines.y.full + y) * lines.x.full + tile.x;
       int label[1];
-      float weight[1], s[max_classes][1], t[max_classes][1], value[1][terms];
+      float weight[1], s[max_classes][1] = {}, t[max_classes][1], value[1][terms];
       load_label<decoupled>(loss, tile.image * loss.pixels + pixel, label[0], weight[0]);
       if (!tile.inside) {
         label[0] = -1;
