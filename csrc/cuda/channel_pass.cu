@@ -164,12 +164,27 @@ struct ChannelGradient {
   }
 };
 
+// store_pack to global memory in one store: the compiler makes one of every element where an address is a product of strides.
+template <typename T, int count>
+__device__ __forceinline__ void store_whole(T* to, const Pack<T, count>& pack) {
+#if MEDKD_DEVICE_CODE
+  const auto at = __cvta_generic_to_global(to);
+  uint32_t word[4] = {};
+  if constexpr (sizeof pack <= sizeof word) memcpy(word, &pack, sizeof pack);
+  if constexpr (sizeof pack == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+  if constexpr (sizeof pack == 8) asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]) : "memory");
+  if constexpr (sizeof pack == 4) asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(word[0]) : "memory");
+#else
+  store_pack(to, pack);
+#endif
+}
+
 template <typename A>
 struct PlainGradient {
   static constexpr bool plain = true;
-  Planes x;
-  PackedPlanes gradient;
-  const A* factors;  // or nullptr
+  Planes x, gradient;  // in whole packs
+  const A* factors;    // or nullptr
   int64_t factor_stride;
 
   __device__ __forceinline__ const Planes& planes() const { return x; }
@@ -177,10 +192,19 @@ struct PlainGradient {
 
   __device__ __forceinline__ void finish(int64_t image, int64_t first, int some, int64_t pixel, int length, const A* tile,
                                          int stride) const {
+    constexpr int width = lanes<A>;
     const A factor = factors == nullptr ? A(1) : factors[image * factor_stride];
-    put_tile(gradient, image, first, some, pixel, length, tile, stride, [&](int, int, Pack<A, lanes<A>>& pack) {
+    with_type<A>(gradient.type, [&](auto zero) {
+      using T = decltype(zero);
+      T* const to = static_cast<T*>(gradient.data) + image * gradient.stride_b + first * gradient.stride_c + pixel;
+      Walk walk(some, length / width, false, static_cast<int>(threadIdx.x), apply_threads);
+      for (; walk.inside(); walk.next()) {
+        const Pack<A, width> values = load_pack<width>(tile + walk.row() * stride + walk.pack() * width);
+        Pack<T, width> out;
 #pragma unroll
-      for (int k = 0; k < lanes<A>; ++k) pack.value[k] *= factor;
+        for (int k = 0; k < width; ++k) narrow(values.value[k] * factor, out.value[k]);
+        store_whole(to + walk.row() * gradient.stride_c + walk.pack() * width, out);
+      }
     });
   }
 };
@@ -327,8 +351,8 @@ static void gradient_as(const ChannelCall& call, const Planes& gradient, const v
                                   factor_stride};
   const ApplyPlan plan =
       apply_plan<A>(call.images, call.pixels, call.channels, call.rows, matrix, call.rows * call.rows);
-  if (is_plain<A>(call, source.x))
-    apply_matrix<A>(PlainGradient<A>{call.network[0], source.gradient, source.factors, factor_stride}, plan, stream);
+  if (is_plain<A>(call, source.x) && source.gradient.packed)
+    apply_matrix<A>(PlainGradient<A>{call.network[0], gradient, source.factors, factor_stride}, plan, stream);
   else
     apply_matrix<A>(source, plan, stream);
 }
