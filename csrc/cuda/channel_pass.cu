@@ -164,22 +164,6 @@ struct ChannelGradient {
   }
 };
 
-// store_pack to global memory in one store: the compiler makes one of every element where an address is a product of strides.
-template <typename T, int count>
-__device__ __forceinline__ void store_whole(T* to, const Pack<T, count>& pack) {
-#if MEDKD_DEVICE_CODE
-  const auto at = __cvta_generic_to_global(to);
-  uint32_t word[4] = {};
-  if constexpr (sizeof pack <= sizeof word) memcpy(word, &pack, sizeof pack);
-  if constexpr (sizeof pack == 16)
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
-  if constexpr (sizeof pack == 8) asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]) : "memory");
-  if constexpr (sizeof pack == 4) asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(word[0]) : "memory");
-#else
-  store_pack(to, pack);
-#endif
-}
-
 template <typename A>
 struct PlainGradient {
   static constexpr bool plain = true;

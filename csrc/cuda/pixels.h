@@ -94,7 +94,7 @@ __device__ __forceinline__ void put_as(const PackedPlanes& x, int64_t at, int co
 #pragma unroll
   for (int k = 0; k < lanes<A>; ++k) narrow(values.value[k], pack.value[k]);
   if (sizeof pack <= 16 && x.packed && count == lanes<A>) {
-    store_pack(to, pack);
+    store_whole(to, pack);
   } else {
 #pragma unroll
     for (int k = 0; k < lanes<A>; ++k)
