@@ -72,10 +72,14 @@ def store(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
             np.save(temporary / f"{name}.npy", array)
         (temporary / "facts.json").write_text(json.dumps(facts))
         temporary.chmod(0o755)  # mkdtemp's folders are private
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if load(folder) is None:  # what is there is torn
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(temporary, folder)
     except OSError as error:
-        if not folder.is_dir():
-            raise _not_writable(folder.parent, error) from error
+        raise _not_writable(folder.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -86,7 +90,6 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         facts = json.loads((folder / "facts.json").read_text())
         return {p.stem: _mapped(p) for p in sorted(folder.glob("*.npy"))}, facts
     except (OSError, ValueError, EOFError):
-        shutil.rmtree(folder, ignore_errors=True)
         return None
 
 

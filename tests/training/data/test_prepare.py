@@ -444,6 +444,18 @@ def test_arrays_of_any_layout_come_back_as_they_were(tmp_path):
     assert found["bytes"].tolist() == list(range(7)) and found["none"].shape == (0, 3)
 
 
+def test_reading_takes_nothing_away_and_storing_replaces_what_is_torn(tmp_path):
+    """Another process may be done with an entry between a look that finds none and what follows from it."""
+    from medkd_fast.training.data.cache import load, store
+
+    (tmp_path / "k").mkdir()
+    (tmp_path / "k" / "image.npy").write_bytes(b"half")
+    assert load(tmp_path / "k") is None and (tmp_path / "k" / "image.npy").exists()
+    store(tmp_path / "k", {"image": np.arange(6.0).reshape(2, 3)}, {"n": 1})
+    arrays, facts = load(tmp_path / "k")
+    assert facts == {"n": 1} and arrays["image"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_a_cache_that_cannot_be_written(tmp_path, ct, label):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WrongUse, match="cannot be written .*: set MEDKD_FAST_CACHE to a folder with space"):
