@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ def overlay_figure(rows: Sequence[Row], classes: Mapping[int, str]) -> Figure:
         for axis, mask in zip(line, [np.zeros_like(grey, dtype=int), *row.masks.values()], strict=True):
             axis.imshow(_blend(grey, mask), aspect=row.aspect, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(row.title)
+        high = min(1.0, row.aspect * grey.shape[0] / grey.shape[1])  # of a picture's 2.4 inches, which hold 28 letters
+        line[0].set_ylabel(textwrap.fill(row.title, max(8, int(28 * high))))  # a case's name may be a UID
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     figure.legend(

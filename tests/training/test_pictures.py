@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,13 +18,15 @@ from medkd_fast.training.pictures import Row, classes_figure, curves_figure, ove
 def test_titles_and_legend_of_an_overlay_are_whole(shape, rows, networks, classes):
     masks = {f"network {i}": np.random.default_rng(i).integers(0, classes + 1, shape) for i in range(networks)}
     names = {c: f"lung_lower_lobe_{c}_left" for c in range(1, classes + 1)}
-    figure = overlay_figure([Row("case", np.zeros(shape), masks)] * rows, names)
+    figure = overlay_figure([Row(f"1.3.6.1.4.1.14519.5.2.1.{3**60}, slice 12", np.zeros(shape), masks)] * rows, names)
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     written = [axis.title for axis in figure.axes] + [axis.yaxis.label for axis in figure.axes] + figure.legends
     for text in written:
         box = text.get_window_extent(renderer)
         assert min(box.x0, box.y0) >= -0.5 and box.x1 <= figure.bbox.x1 + 0.5 and box.y1 <= figure.bbox.y1 + 0.5, text
+    titles = [axis.yaxis.label.get_window_extent(renderer) for axis in figure.axes[:: networks + 1]]
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(titles))
     pictures = [axis.get_window_extent(renderer) for axis in figure.axes]
     legend = figure.legends[0].get_window_extent(renderer)
     assert min(p.y0 for p in pictures) > legend.y1
