@@ -69,9 +69,14 @@ def predict_logits(
 
     if dims == 3:
         return answered(image[None])[0]
-    # a few slices at a time: all of them at once would hold every window of the volume
-    slices = image.transpose(0, 1).split(batch_size)  # [batch_size, C, H, W] each
-    return torch.cat([answered(s) for s in track(slices, "slices", show=progress)]).transpose(0, 1)
+    # a few slices at a time: all of them at once would hold every window of the volume, and pieces put together be there twice
+    found = torch.empty(0)
+    for number, slices in enumerate(track(image.transpose(0, 1).split(batch_size), "slices", show=progress)):
+        answer = answered(slices).transpose(0, 1)  # [K + 1, batch_size, H, W]
+        if not number:
+            found = answer.new_empty(len(answer), *image.shape[1:])
+        found[:, number * batch_size : (number + 1) * batch_size] = answer
+    return found
 
 
 def check_logits(logits: Tensor, case: str) -> None:

@@ -29,6 +29,12 @@ def test_windows_do_not_show(dims, patch):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_logits_of_slices_are_written_where_they_stay():
+    # put together at the end, they would be in memory twice, turned once more three times
+    found = predict_logits(pointwise(2), torch.randn(2, 5, 13, 11), dims=2, patch=(8, 6), batch_size=2)
+    assert found.is_contiguous() and found.untyped_storage().nbytes() == 3 * 5 * 13 * 11 * 4
+
+
 def test_a_2d_network_sees_each_slice_alone():
     network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=3, features=(4, 4, 4, 4, 4, 4))
     image = torch.randn(1, 5, 32, 32)
