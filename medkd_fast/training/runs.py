@@ -207,6 +207,8 @@ def _fit(config: RunConfig, folder: RunFolder, *, resume: bool, first: bool) -> 
     out = folder.path
     if first:
         check_folder(folder, resume=resume)
+        for half in folder.checkpoints.glob(".*.ckpt"):  # of a process that was killed while it wrote
+            half.unlink()
     run = plan_run(config)
     if first:
         write_folder(run, folder)
