@@ -228,8 +228,10 @@ def _fit(config: RunConfig, folder: RunFolder, *, resume: bool, first: bool) -> 
             trainer = _trainer(run, folder, checkpoints)
         except (MisconfigurationException, ImportError, ValueError) as error:
             raise WrongUse(f"this machine cannot train like that: {' '.join(str(error).split())}") from error
+        _check_processes(trainer, first=first)
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
+            with _all_end(trainer):
+                trainer.fit(module, datamodule=data, ckpt_path=str(found[0]) if found else None)
         except OSError as error:
             if error.errno not in CANNOT_WRITE:
                 raise
@@ -660,6 +662,18 @@ def _trainer(run: Plan, folder: RunFolder, checkpoints: KeptCheckpoints) -> pl.T
     )
 
 
+def _check_processes(trainer: pl.Trainer, *, first: bool) -> None:
+    """Raises WrongUse where others were started than the trainer knows of: each could train alone, in the same folder."""
+    torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    known = trainer.num_devices * trainer.num_nodes
+    started = int(os.environ["WORLD_SIZE"]) if torchrun else known
+    if started != known or (trainer.is_global_zero and not first):
+        raise WrongUse(
+            f"{started if torchrun else 'several'} processes were started, and devices times num_nodes is {known}: "
+            "give --devices, the processes on a machine, and --num-nodes, the machines"
+        )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's lines that tell a user nothing."""
@@ -676,6 +690,17 @@ def _quiet() -> Iterator[None]:
         # the validation's counts are reduced over the processes before the Dice is logged
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         yield
+
+
+@contextmanager
+def _all_end(trainer: pl.Trainer) -> Iterator[None]:
+    """No process that Lightning has started waits for one that has failed."""
+    try:
+        yield
+    except BaseException:
+        if trainer.strategy.launcher:
+            trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has none
+        raise
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -140,3 +141,35 @@ def test_a_run_with_two_processes_ends_where_one_with_twice_the_batch_does(tmp_p
     callbacks = [torch.load(RunFolder(tmp_path / out).best, weights_only=True)["callbacks"] for out in ("one", "two")]
     best = [next(v["best_model_score"].item() for k, v in c.items() if "val_dice" in k) for c in callbacks]
     assert best[1] == pytest.approx(best[0], abs=0.02)
+
+
+def trained(launcher: list[str], data: str, out: Path, *options: str, file_size: int = -1) -> tuple[int, str]:
+    """A tiny run of the command line in several processes: exit code and standard error. file_size: of the largest file."""
+    command = ["medkd_fast.cli", "train", data, "--network-arg", "features=4,4,4,8,8,4", "--intensity", "none"]
+    command += ["--steps", "2", "--batch-size", "2", "--accelerator", "cpu", "--out", str(out), *options]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, -1)),
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("devices", ["1", "3"])
+def test_processes_of_torchrun_that_devices_do_not_count_are_refused(tmp_path, config, devices):
+    """With the default, one device, each would train alone and write into the other's folder."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    code, said = trained(torchrun, config.data, tmp_path / "run", "--devices", devices)
+    assert f"2 processes were started, and devices times num_nodes is {devices}: give --devices" in said
+    assert code != 0 and not RunFolder(tmp_path / "run").begun
+
+
+def test_a_disk_that_the_first_process_finds_full_is_one_line(tmp_path, config):
+    """The other, which waits for it, ends without a word."""
+    plan_run(config)  # the prepared volumes are on the disk
+    code, said = trained([], config.data, tmp_path / "run", "--devices", "2", "--epochs", "1", file_size=60_000)
+    assert code == 2, said
+    assert said.splitlines()[-1].startswith("medkd-fast: the checkpoint") and "Traceback" not in said, said
