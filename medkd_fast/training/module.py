@@ -96,6 +96,17 @@ class SegmentationModule(pl.LightningModule):
         self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True)
         return loss
 
+    def on_train_start(self) -> None:
+        """Raises WrongUse where one process goes on from a checkpoint and another begins: they would wait for each other."""
+        least, most = (
+            int(self.trainer.strategy.reduce(torch.tensor(self.trainer.global_step, device=self.device), reduce_op=op))
+            for op in ("min", "max")
+        )
+        if least != most:
+            raise WrongUse(
+                f"a process goes on after {most} steps, another after {least}: --out must be one folder, which all machines share"
+            )
+
     def on_train_epoch_start(self) -> None:
         # dropout draws the same numbers in an epoch that a killed run begins again
         torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 4099 + self.global_rank)

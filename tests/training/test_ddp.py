@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import resource
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from medkd_fast import cli
 from medkd_fast.losses.catalogue import LOSSES
-from medkd_fast.training.config import RunConfig
+from medkd_fast.training.config import RunConfig, read_yaml
 from medkd_fast.training.distillation import LossTerm, resolve
 from medkd_fast.training.module import SegmentationModule
 from medkd_fast.training.runs import Plan, RunFolder, build_module, load_run, plan_run
@@ -173,3 +176,31 @@ def test_a_disk_that_the_first_process_finds_full_is_one_line(tmp_path, config):
     code, said = trained([], config.data, tmp_path / "run", "--devices", "2", "--epochs", "1", file_size=60_000)
     assert code == 2, said
     assert said.splitlines()[-1].startswith("medkd-fast: the checkpoint") and "Traceback" not in said, said
+
+
+def test_machines_that_do_not_share_the_runs_folder_do_not_go_on(tmp_path, config):
+    """One would go on from its checkpoint, the other from the start."""
+    options = ["--intensity", "none", "--accelerator", "cpu", "--steps", "2", "--epochs", "2"]
+    assert cli.main(["train", config.data, *options, "--num-nodes", "1", "--out", str(tmp_path / "0")]) == 0
+    first = RunFolder(tmp_path / "0")
+    first.finished.unlink()
+    (first.checkpoints / "previous.ckpt").replace(first.last)
+    values = read_yaml(first.config)
+    first.config.write_text(yaml.safe_dump({**values, "num_nodes": 2}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *at]
+    run = ["-m", "medkd_fast.cli", "train", config.data, *options, "--num-nodes", "2", "--resume"]
+    machines = [
+        subprocess.Popen(
+            [*torchrun, "--node-rank", n, *run, "--out", str(tmp_path / n)], stderr=subprocess.PIPE, text=True
+        )
+        for n in "01"
+    ]
+    try:
+        said = [machine.communicate(timeout=120)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert all("a process goes on after 2 steps, another after 0: --out must be one folder" in text for text in said)
