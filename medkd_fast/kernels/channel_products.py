@@ -331,6 +331,13 @@ class Features(NamedTuple):
     to_base_2: float
 
 
+def pixels_at_once(features: Features, BLOCK_C: int) -> int:
+    """Pixels of a tl.dot: of halves as they are, which need no room for three products, 256 bytes of a channel; 64 in one place are
+    slow to read."""
+    as_they_are = features.load == "plain" and features.x.element_size() == 2
+    return 128 if as_they_are else 2048 // BLOCK_C
+
+
 def features_of(
     x: Tensor, mask: Tensor | None, shift: Tensor | None, relation: str, temperature: float, type: torch.dtype
 ) -> Features:
@@ -401,7 +408,7 @@ def products(
         products_kernel[(B * slots * pairs,)](
             features.x, mask, shift_i, partial[i], C, W, N, share, slots, pairs, *features.strides, features.to_base_2,
             FEATURES=features.load, SUMS=shifted, HAS_MASK=features.load_mask, ONE_BLOCK=blocks == 1,
-            BLOCK_C=BLOCK_C, BLOCK_P=2048 // BLOCK_C, PRECISION=precision_of(type), num_stages=3,
+            BLOCK_C=BLOCK_C, BLOCK_P=pixels_at_once(features, BLOCK_C), PRECISION=precision_of(type), num_stages=3,
         )  # fmt: skip
     add_slots_kernel[(triton.cdiv(C * W, 512), len(tensors) * B)](partial, sums, C, W, slots, BLOCK_SLOTS=4, BLOCK=512)
     return sums, shift
