@@ -499,6 +499,8 @@ def pixel_relation_backward(
         written, strides_out = student.new_empty((B, N, C_s), dtype=matrix.dtype), (N * C_s, 1, C_s)
     BLOCK_C, PART = block_of(W), 512
     parts = triton.cdiv(N, PART)
+    # with a second stage of 64 channels in fp32 two programs do not fit a multiprocessor, and one alone has nothing to wait with
+    large = fused and BLOCK_C == 64 and any(x.element_size() == 4 for x in features)
     gradient_kernel[(B * parts, triton.cdiv(C_s, BLOCK_C))](
         *features,
         mask,
@@ -520,7 +522,7 @@ def pixel_relation_backward(
         BLOCK_C=BLOCK_C,
         BLOCK_P=(32 if double else 64) // (1 if roomy() else 2),
         PRECISION="ieee" if double else "tf32x3",
-        num_stages=2,
+        num_stages=1 if large else 2,
         enable_fp_fusion=False,
     )
     if rows is not None:
