@@ -70,6 +70,13 @@ class Tile(NamedTuple):
     M: int
     warps: int
 
+    def registers(self, decoupled: bool, double: bool) -> int | None:
+        """The most of a thread, where that is to be said: the compiler takes 150 to 190 for the two parts of large tiles, and with 128,
+        of which it puts none or next to none into memory, a multiprocessor has 16 warps instead of 8 or 12. For smaller tiles it takes
+        fewer when nothing is said."""
+        large = self.R == 1 and self.warps == 4 and (self.M >= 256 or self.K >= 24)
+        return 128 if large and decoupled and not double else None
+
 
 def tile_of(classes: int, planes: bool, double: bool) -> Tile:
     """Classes and pixels of a tile; 16 to 32 numbers of each network in a thread.
@@ -98,5 +105,6 @@ def equal_size(call: Call) -> tuple[Tensor, ...]:
         *call.strides_s, *call.strides_t, *call.strides_g, call.pixels, call.classes,
         tiles_of_image, tiles, tiles_of_program, *call.numbers,
         **call.flags, K=tile.K, R=tile.R, M=tile.M, num_warps=tile.warps,
+        maxnreg=tile.registers(call.settings.decoupled, call.double),
     )  # fmt: skip
     return call.finish(sums)
