@@ -173,9 +173,9 @@ def test_layouts(fused: str, shape: tuple[int, ...]) -> None:
     for s, t in ((channels_last(student), channels_last(teacher)), (student, channels_last(teacher))):
         got = value_and_gradient(lambda x, t=t: class_pearson(x, t).loss, s)
         assert got[1].stride() == s.stride()
-        if fused != "cuda":
+        if fused == "cpp" or (fused == "triton" and not torch.cuda.is_available()):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        else:  # a thread has other pixels
+        else:  # a thread of a GPU has other pixels or classes
             assert_close(got[0], want[0], 1e-6)
             assert_close(got[1], want[1], 1e-6)
 
