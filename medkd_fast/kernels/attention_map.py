@@ -77,7 +77,7 @@ def energies_kernel(
     tl.store(slots + tl.program_id(0), tl.sum(squares))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def normalise_kernel(x, slots, norms, N, count, blocks, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """The energies become the map, in place."""
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -105,7 +105,7 @@ def products_kernel(map, upstream, slots, N, count, blocks, blocks_of_program, B
     tl.store(slots + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "count"])
 def gradient_kernel(
     x, mask, map, norms, upstream, slots, gradient,
     target, counts_of, of_means,  # [B, N], [B, K], [B, K, C]: what a pixel gets by its class besides, or None

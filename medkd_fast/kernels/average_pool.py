@@ -11,11 +11,20 @@ import triton
 import triton.language as tl
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.windows import A_OF, over_pixels, over_windows, pixel_of, settings_of, sizes_of, window_of
+from medkd_fast.kernels.windows import (
+    A_OF,
+    SIZES,
+    over_pixels,
+    over_windows,
+    pixel_of,
+    settings_of,
+    sizes_of,
+    window_of,
+)
 from medkd_fast.reference.common import arithmetic
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def number_kernel(
     mask, number,  # [B, N], [B, windows]
     N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x,
@@ -35,7 +44,7 @@ def number_kernel(
     tl.store(number + i_b * windows + o_w, found, o_w < windows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def average_kernel(
     x, mask, number, pooled,  # [B, C, N], [B, N], [B, windows], [B, C, windows]
     C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
@@ -57,7 +66,7 @@ def average_kernel(
     tl.store(pooled + (i_b * C + o_c) * windows + o_w, total / count, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def average_large_kernel(
     x, mask, number, pooled,  # [B, C, N], [B, N], [B, windows], [B, C, windows]
     C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
@@ -81,7 +90,7 @@ def average_large_kernel(
     tl.store(pooled + plane * windows + o_w, (total / count).to(A), o_w < windows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def share_kernel(
     mask, number, upstream, gradient,  # [B, N], [B, windows], [B, C, windows], [B, C, N]
     C, N, windows, blocks, size_y, size_x, pooled_y, pooled_x,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from medkd_fast.kernels.common import operator
-from medkd_fast.kernels.windows import over_pixels, over_windows, pixel_of, sizes_of, window_of
+from medkd_fast.kernels.windows import SIZES, over_pixels, over_windows, pixel_of, sizes_of, window_of
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def taken(x, value):
     return (x > value) | (x != x)  # noqa: PLR0124
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
     x, mask, pooled, place,  # [B, C, N], [B, N], [B, C, windows], [B, C, windows]
     C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
@@ -45,7 +45,7 @@ def pool_kernel(
     tl.store(place + p, at.to(tl.int16), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_large_kernel(
     x, mask, pooled, place,  # [B, C, N], [B, N], [B, C, windows], [B, C, windows]
     C, N: tl.int64, windows, blocks, size_z, size_y, size_x, pooled_y, pooled_x, stride_b, stride_c, stride_n,
@@ -81,7 +81,7 @@ def pool_large_kernel(
     tl.store(place + p, at.to(tl.int16), o_w < windows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def spread_kernel(
     place, upstream, gradient,  # [B, C, windows], [B, C, windows], [B, C, N]
     C, N, windows, blocks, size_y, size_x, pooled_y, pooled_x,

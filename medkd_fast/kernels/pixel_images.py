@@ -38,7 +38,7 @@ def image_share(pixels, i_b, B, N, HAS_MASK: tl.constexpr, MEAN: tl.constexpr):
     return image_weight(pixels, i_b, B, N, HAS_MASK, MEAN) / tl.maximum(count, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "count", "blocks"])
 def add_values_kernel(
     values,  # [B or B², blocks], double
     pixels,  # [B]

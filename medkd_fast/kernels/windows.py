@@ -11,6 +11,8 @@ from medkd_fast.kernels.planes import gradient_like, planes_of
 
 #: Pixels of the largest window that a program goes over one by one.
 FEW = 64
+#: Of kernels: what says nothing about where numbers lie, and is not worth a compilation.
+SIZES = ("blocks", "size_z", "size_y", "size_x", "pooled_y", "pooled_x")
 #: Types that are compared or added up in another than float32.
 A_OF = {torch.float64: tl.float64}
 
