@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from types import ModuleType
@@ -57,3 +59,13 @@ def test_examples_are_taken_in_by_lines_that_a_formatter_leaves() -> None:
     examples = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.*")} - {"examples/demo_ct.py"}
     assert {path for path, _ in shown} == examples
     assert all(content == f"--8<--\n{path}\n--8<--\n" for path, content in shown)
+
+
+def test_docstrings_have_no_tags_outside_code() -> None:
+    """The pages of the API are Markdown, which takes "<name>" for HTML and shows nothing of it."""
+    package = ROOT / "medkd_fast"
+    for path in itertools.chain(*(package.glob(f"{place}*.py") for place in ("", "integrations/", "losses/", "ops/"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = re.sub(r"`[^`]*`", "", ast.get_docstring(node) or "")
+                assert not re.search(r"<\w+>", text), f"{path.name}: {getattr(node, 'name', 'module')}"

@@ -51,7 +51,7 @@ class DistillationCallback(Callback):
             the "label", "labels", "target" or "mask" of a dictionary.
         example: images for the dry run that adapters need (see `Distiller`); without it, the module's `example_input_array`.
 
-    Every term is logged as "kd/<name>".
+    Every term is logged as `kd/<name>`.
 
     Raises, when the fit begins:
         ValueError: the student cannot be told, or a layer does not exist, or the module optimises by hand, or has no

@@ -98,7 +98,7 @@ def distillation_step(
 
     Everything else is the trainer's own iteration: inferer, mixed precision, accumulation, events. The trainer's network is
     the student or the distiller (or either in DDP); give its optimiser `kd.parameters()`. The output gets every term of the
-    loss as "kd/<name>".
+    loss as `kd/<name>`.
 
     include_background, sigmoid: see `as_labels`; for the distiller's losses, not for the trainer's.
     """

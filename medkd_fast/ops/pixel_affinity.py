@@ -26,7 +26,7 @@ def pixel_affinity(x: torch.Tensor, *, relation: str = "cosine") -> torch.Tensor
             ("pearson"), or divided by the square root of C ("gram").
 
     Returns:
-        [B, N, N] with N the product of *S, pixels in the order of `x.flatten(2)`: float32 (float64 for float64 inputs).
+        The relation [B, N, N], N the product of *S, pixels in the order of `x.flatten(2)`; float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: a shape or relation that does not fit.
