@@ -22,12 +22,14 @@ from torch import nn
 from medkd_fast.distiller import Distiller, Term
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
-    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning import LightningModule, Trainer, callbacks
     from pytorch_lightning.callbacks import Callback
 else:  # the same library under its other name; a trainer takes callbacks of its own alone
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer, callbacks
     from lightning.pytorch.callbacks import Callback
 
+#: Callbacks that copy the module when they are set up; Lightning has them from 2.6 on.
+AVERAGES = getattr(callbacks, "WeightAveraging", ())
 #: Under this name what trains with the module is a submodule of it, so that it is moved, wrapped and optimised.
 SUBMODULE = "medkd_fast_companions"
 #: Keys of a batch that hold its labels.
@@ -55,7 +57,7 @@ class DistillationCallback(Callback):
 
     Raises, when the fit begins:
         ValueError: the student cannot be told, or a layer does not exist, or the module optimises by hand, or has no
-            optimiser for the adapters.
+            optimiser for the adapters, or a WeightAveraging that stands before copies the module without them.
 
     >>> callback = DistillationCallback(nn.Conv2d(1, 3, 1), [Term("dkd", weight=0.1)], student="network")
     >>> callback.state_dict()
@@ -101,6 +103,8 @@ class DistillationCallback(Callback):
             example=example if isinstance(example, torch.Tensor) else None,
         )
         self._undo.callback(self.distiller.close)
+        if any(True for _ in self.distiller.losses.parameters()):
+            _check_after(trainer, self)
         pl_module.add_module(SUBMODULE, _Companions(self.distiller))
         self._undo.callback(delattr, pl_module, SUBMODULE)
         self._undo.callback(pl_module.register_state_dict_post_hook(_leave_out).remove)
@@ -227,6 +231,16 @@ def _student(pl_module: LightningModule, name: str | None) -> nn.Module:
             + ('name the network to distil into: student="network"' if children else TOO_LATE)
         )
     return pl_module.get_submodule(children[0])
+
+
+def _check_after(trainer: Trainer, callback: Callback) -> None:
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    before = next((other for other in found[: found.index(callback)] if isinstance(other, AVERAGES)), None)
+    if before is not None:
+        raise ValueError(
+            f"callbacks: {type(before).__name__} stands before the DistillationCallback and has copied the module without the "
+            "adapters, which it would average too; put it behind"
+        )
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

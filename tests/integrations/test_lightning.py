@@ -302,6 +302,26 @@ def test_mixed_precision_and_accumulation(tmp_path: Path) -> None:
     assert run.callback_metrics["kd/dkd"].dtype == torch.float32
 
 
+def test_averages_of_the_weights(tmp_path: Path) -> None:
+    """A copy of the module that is made before it has the adapters would be averaged with other parameters than its own."""
+
+    def fit(*callbacks: pl.Callback) -> pl.LightningModule:
+        module, run = Module(), trainer(tmp_path, None)
+        run.callbacks[:0] = callbacks
+        run.fit(module, loader(), loader())
+        return module
+
+    average = pl.callbacks.EMAWeightAveraging
+    with pytest.raises(ValueError, match="EMAWeightAveraging stands before the DistillationCallback.*put it behind"):
+        fit(average(decay=0.5), DistillationCallback(teacher(), terms()))
+    last = fit(DistillationCallback(teacher(), terms()))
+    averaged = fit(DistillationCallback(teacher(), terms()), average(decay=0.5))
+    assert set(averaged.state_dict()) == set(last.state_dict())
+    assert not torch.equal(averaged.network[0].weight, last.network[0].weight)
+    without_adapters = [Term("dkd", weight=0.1)]
+    assert fit(average(decay=0.5), DistillationCallback(teacher(), without_adapters)).state_dict().keys()
+
+
 def process(folder: str) -> None:
     """Trains in one of two processes that Lightning is told of by the environment."""
     module, callback, run = fitted(
