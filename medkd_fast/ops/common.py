@@ -104,9 +104,9 @@ def of_heads(target: torch.Tensor, like: torch.Tensor) -> bool:
 def check_one_label(target: torch.Tensor, like: torch.Tensor) -> None:
     if of_heads(target, like):
         raise ValueError(
-            f"target: got shape {tuple(target.shape)}, want one label a pixel, [B, *S] or [B, 1, *S]; classes that do not exclude "
-            'each other, [B, C, *S], go with activation="sigmoid" of KDLoss, DKDLoss and CWDLoss, and with losses on features that '
-            "need no classes"
+            f"target: got shape {tuple(target.shape)}, want one label a pixel, [B, *S] or [B, 1, *S], of one-hot labels "
+            'target.argmax(1); classes that do not exclude each other, [B, C, *S], go with activation="sigmoid" of '
+            "KDLoss, DKDLoss and CWDLoss, and with losses on features that need no classes"
         )
 
 
