@@ -82,6 +82,11 @@ class MonaiLoss(_Loss):
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """student, teacher: logits [B, C, *S]; target: [B, 1, *S] or one-hot [B, C, *S]."""
         student, teacher = (x.as_subclass(torch.Tensor) for x in (student, teacher))
+        if target.dim() != student.dim():
+            raise ValueError(
+                f"target: got shape {tuple(target.shape)} with logits of {tuple(student.shape)}, want labels [B, 1, *S] or one-hot "
+                "[B, C, *S]; of labels [B, *S] make target.unsqueeze(1)"
+            )
         labels = as_labels(target, include_background=self.include_background, sigmoid=self.sigmoid)
         if self.reduction == LossReduction.MEAN.value:
             value: torch.Tensor = self.loss(student, teacher, labels)

@@ -214,5 +214,9 @@ def test_messages() -> None:
     with pytest.raises(ValueError, match=r"target: got shape \(8, 6\), want labels \[B, 1, \*S\] or one-hot"):
         as_labels(target[0, 0])
     one_class = torch.randn(3, 1, 8, 6)
+    with pytest.raises(
+        ValueError, match=r"got shape \(2, 8, 6\) with logits of \(2, 3, 8, 6\), .* make target.unsqueeze\(1\)"
+    ):
+        MonaiLoss(losses.KDLoss())(torch.zeros(2, 3, 8, 6), torch.zeros(2, 3, 8, 6), torch.zeros(2, 8, 6))
     with pytest.raises(ValueError, match=r"got 1 class, want at least 2; .*activation=\"sigmoid\""):
         MonaiLoss(losses.KDLoss())(one_class, one_class, target)
