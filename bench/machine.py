@@ -10,13 +10,15 @@ from pathlib import Path
 import clock
 import torch
 
+from medkd_fast import backend
+
 GPU = torch.cuda.is_available()
 #: Inputs of one step together are larger than this, so that no step finds its inputs in the cache that the last one left.
 BEYOND_CACHE = 3 * torch.cuda.get_device_properties(0).L2_cache_size if GPU else 0
 
 
 def name() -> str:
-    """The processor and the threads in use, or the GPU, as a file name."""
+    """The processor, its instruction set and the threads in use, or the GPU, as a file name."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if GPU:
@@ -25,7 +27,7 @@ def name() -> str:
         match = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())
         model = match.group(1) if match else model
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\([^)]*\)|CPU|@.*", "", model).lower()).strip("-")
-    return slug if GPU else f"{slug}-{torch.get_num_threads()}-threads"
+    return slug if GPU else f"{slug}-{backend.instruction_set()}-{torch.get_num_threads()}-threads"
 
 
 def limits() -> dict[str, float]:

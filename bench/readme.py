@@ -25,7 +25,7 @@ def rewritten(text: str, path: Path) -> str:
     end = text.index("\n\n", text.index("|---|", begin))
     lines = text[begin:end].splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("|---|")) + 1
-    machine = re.sub(r"-\d+-threads$", "", result["machine"]).replace("-", " ")
+    machine = re.sub(rf"-{result['instruction_set']}-\d+-threads$", "", result["machine"]).replace("-", " ")
     where = f"on {result['threads']} threads of an {machine} ({result['instruction_set']}, torch {result['versions']['torch']}),"
     lines[0] = (
         f"Forward and backward {where} commit {result['commit'][:7]}, fp32 unless a row says otherwise; how many times longer"
