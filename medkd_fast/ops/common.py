@@ -135,19 +135,17 @@ def wants_gradient(student: torch.Tensor) -> bool:
 
 def check_derivatives(student: torch.Tensor) -> None:
     """Raises where others than those of backward are taken, which the kernels would silently make 0."""
-    other = _differentiated() if torch.compiler.is_compiling() else forward_ad.unpack_dual(student).tangent is not None
+    if torch.compiler.is_compiling():
+        from medkd_fast.ops.transforms import differentiated  # with Dynamo, which takes longer to import than torch
+
+        other = differentiated()
+    else:
+        other = forward_ad.unpack_dual(student).tangent is not None
     if other:
         raise RuntimeError(
             "derivatives of torch.func and of forward mode (grad, jvp, jacfwd) are not there in the fused backends; use backward or "
             "torch.autograd.grad, or run this loss inside `with medkd_fast.use_backend('reference'):`"
         )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _differentiated() -> bool:
-    """Whether what is compiled is inside torch.func.grad or the like, whose tensors do not say so."""
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    return any(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms)
 
 
 def savable(x: Any) -> Any:
