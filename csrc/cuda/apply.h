@@ -7,7 +7,7 @@
 //   rows_inside()                                     how threads should lie over its rows
 //   column(k)                                         the matrix's column for feature row k
 //   line(image, k, pixel, count)                      a pack of feature row k, zeros behind `count` pixels
-//   planes()                                          instead of line, where it is `plain`: see products.h
+//   planes()                                          instead of rows_inside and line, where it is `plain`: see products.h
 //   finish(image, first, rows, pixel, length, tile, stride)   the gradient from tile[row * stride + column]; all threads
 #pragma once
 

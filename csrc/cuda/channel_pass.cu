@@ -51,6 +51,15 @@ static ChannelValues<A> values_of(const ChannelCall& call) {
   return {features, call.mask, call.pixels, static_cast<A>(1 / call.temperature)};
 }
 
+// A set's image; a division by a number that is not known would stand in the loop over the pixels.
+__device__ __forceinline__ int64_t image_of_set(int64_t set, int64_t networks) { return networks == 2 ? set / 2 : set; }
+
+// Where row r of a tile lies in the matrix of products.
+__device__ __forceinline__ int64_t row_of_products(const ProductPlan& plan, int tile, int r) {
+  const int64_t row = int64_t{tile} * plan.tile_rows + r;
+  return r < plan.tile_rows && row < plan.rows ? row : -1;
+}
+
 // For products.h: a set is a network of an image, a unit is a channel or, behind the last, the row of ones.
 template <typename A>
 struct ChannelRows {
@@ -61,8 +70,7 @@ struct ChannelRows {
   int64_t networks, channels, all_rows;
   const A* shifts;  // [images, networks, channels]
 
-  // A set's image and network; a division by a number that is not known would stand in the loop over the pixels.
-  __device__ __forceinline__ int64_t image(int64_t set) const { return networks == 2 ? set / 2 : set; }
+  __device__ __forceinline__ int64_t image(int64_t set) const { return image_of_set(set, networks); }
   __device__ __forceinline__ const PackedPlanes& planes(int64_t set) const { return network[networks == 2 ? set % 2 : 0]; }
   __device__ __forceinline__ bool rows_inside(int64_t set) const { return planes(set).channels_inside(); }
 
@@ -82,9 +90,8 @@ struct ChannelRows {
     store_pack(to(0), pack);
   }
 
-  __device__ __forceinline__ int64_t row(const ProductPlan& plan, int tile, int r) const {
-    const int64_t row = int64_t{tile} * plan.tile_rows + r;
-    return r < plan.tile_rows && row < plan.rows ? row : -1;
+  __device__ __forceinline__ static int64_t row(const ProductPlan& plan, int tile, int r) {
+    return row_of_products(plan, tile, r);
   }
 };
 
@@ -97,18 +104,16 @@ struct PlainRows {
   int64_t networks;
   int units;
 
-  __device__ __forceinline__ int64_t image(int64_t set) const { return networks == 2 ? set / 2 : set; }
+  __device__ __forceinline__ int64_t image(int64_t set) const { return image_of_set(set, networks); }
   __device__ __forceinline__ Planes planes(int64_t set) const {  // no choice of a struct, whose pointer might lead anywhere
     const bool second = networks == 2 && set % 2 != 0;
     const Planes &s = network[0], &t = network[1];
     return {second ? t.data : s.data, second ? t.type : s.type, second ? t.stride_b : s.stride_b,
             second ? t.stride_c : s.stride_c, 1};
   }
-  __device__ __forceinline__ static bool rows_inside(int64_t) { return false; }
 
-  __device__ __forceinline__ int64_t row(const ProductPlan& plan, int tile, int r) const {
-    const int64_t row = int64_t{tile} * plan.tile_rows + r;
-    return r < plan.tile_rows && row < plan.rows ? row : -1;
+  __device__ __forceinline__ static int64_t row(const ProductPlan& plan, int tile, int r) {
+    return row_of_products(plan, tile, r);
   }
 };
 

@@ -471,8 +471,7 @@ struct PearsonCall {
     loss.teacher = planes_of(teacher, holder);
     loss.target = target ? target->data_ptr() : nullptr;
     if (target) loss.target_type = type_of(*target);
-    loss.temperature = temperature;
-    loss.to_base_2 = log2_e / temperature;
+    loss.take_temperature(temperature);
     loss.ignore_index = ignore_index;
     twice = arithmetic_type(student, teacher) == ScalarType::Double;
     in_registers = !twice && loss.classes <= most_register_classes;

@@ -27,9 +27,14 @@ struct PixelLoss {
   void* per_pixel[terms];      // [B, N] each, in the type of the arithmetic, or nullptr
   double* block_sums;          // [blocks, sums] or nullptr
   double target_weight, nontarget_weight, temperature;
-  double to_base_2;            // what logits are multiplied by when they are loaded
+  double to_base_2;            // what logits are multiplied by when they are loaded; of the temperature
   int64_t ignore_index, images, pixels;
   int classes;
+
+  void take_temperature(double of_both) {
+    temperature = of_both;
+    to_base_2 = log2_e / of_both;
+  }
 };
 
 // A pixel's label, -1 where it is ignored, and weight, 0 there. A label that names no class makes the loss NaN.

@@ -126,8 +126,7 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
   loss.weight = weight ? weight->data_ptr() : nullptr;
   loss.target_weight = settings.target_weight;
   loss.nontarget_weight = settings.nontarget_weight;
-  loss.temperature = settings.temperature;
-  loss.to_base_2 = log2_e / settings.temperature;
+  loss.take_temperature(settings.temperature);
   loss.ignore_index = settings.ignore_index;
 
   const bool reduced = reduction != "none";

@@ -37,7 +37,6 @@ __device__ __forceinline__ Raw as_raw(const Pack<T, count>& pack) {
 template <typename T, typename A>
 __device__ __forceinline__ Raw fetch_as(const PackedPlanes& x, int64_t at, int count) {
   const T* from = static_cast<const T*>(x.planes.data) + at;
-  Raw raw{};
   if constexpr (sizeof(T) <= sizeof(A)) {  // the arithmetic is never narrower than what it is made with
     Pack<T, lanes<A>> pack{};
     if (x.packed && count == lanes<A>) {
@@ -47,9 +46,10 @@ __device__ __forceinline__ Raw fetch_as(const PackedPlanes& x, int64_t at, int c
       for (int k = 0; k < lanes<A>; ++k)
         if (k < count) pack.value[k] = from[k * x.planes.stride_n];
     }
-    memcpy(&raw, &pack, sizeof pack);
+    return as_raw(pack);
+  } else {
+    return Raw{};
   }
-  return raw;
 }
 
 // `count` pixels (zeros behind them) from `pixel`, a multiple of `lanes`.

@@ -12,7 +12,7 @@
 //   row(tile, r)                                   where row r of a tile lies in the matrix of products, negative: nowhere
 // or, where the rows lie in memory as they are multiplied, in whole packs (`plain`: what finds that out for every pack is more
 // instructions than the products), with
-//   planes(set), image(set), units                 instead of fetch and stash
+//   planes(set), image(set), units                 instead of rows_inside, fetch and stash
 #pragma once
 
 #include <algorithm>
