@@ -158,13 +158,16 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def choose(operator: str, device_type: str, numbers: int, multiply_adds: int = 0) -> str:
-    """The backend that `operator` runs with on so many numbers of a device, with so many multiply-adds for each."""
+def choose(operator: str, device_type: str, numbers: int, multiply_adds: int = 0, cuda_first: bool = False) -> str:
+    """The backend that `operator` runs with on so many numbers of a device, with so many multiply-adds for each.
+
+    `cuda_first`: CUDA C++ is the fastest there, however much there is to do.
+    """
     candidates = OPERATORS[operator].get(device_type, ())
     if _forced in ON_REQUEST.get(device_type, ()) and _forced in OPERATORS[operator].get("cuda", ()):
         return _forced
     if _forced == "auto":
-        if device_type == "cuda" and _waits_for_its_host(numbers * max(multiply_adds // 32, 1)):
+        if device_type == "cuda" and (cuda_first or _waits_for_its_host(numbers * max(multiply_adds // 32, 1))):
             candidates = tuple(sorted(candidates, key="cuda".__ne__))
         for name in candidates:
             if not UNAVAILABLE[name]:

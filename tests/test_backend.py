@@ -48,6 +48,7 @@ def test_small_work_on_a_gpu_goes_where_launches_cost_least(monkeypatch: pytest.
     # 64 multiply-adds for each number take twice as long as reading them
     assert backend.choose("pixel_relation", "cuda", few // 2, 64) == "cuda"
     assert backend.choose("pixel_relation", "cuda", few // 2 + 1, 64) == "triton"
+    assert backend.choose("class_kl", "cuda", many, cuda_first=True) == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert {(r.backend, r.why) for r in backend.report() if r.device_type == "cuda"} == {
         ("triton", "cuda where there is little to do")

@@ -65,7 +65,7 @@ struct DecoupledKL {
     for (int64_t p = 0; p < padded; ++p) {
       const A d_s = (own_s[p] - max_s[p]) - log_nonnegative(sum_s[p]);
       const A d_t = (own_t[p] - max_t[p]) - log_nonnegative(sum_t[p]);
-      const TargetTerm<A> target = target_term(d_s, d_t);
+      const TargetTerm<A> target = target_term(d_s, d_t, A(1), [](A x) { return exp_nonpositive(x); });
       const A inverse_s = inverse_of_sum(sum_s[p]), inverse_t = inverse_of_sum(sum_t[p]);
       const A nontarget = divergence(sum_s[p], sum_t[p], inverse_t, weighted[p]);
       const A weight = tile.weight[p] * temperature;

@@ -95,19 +95,9 @@ struct alignas(16) ClassPart {
 
 // ---- In registers.
 
-// `index` counts the tiles of all images.
-template <int count>
-__device__ __forceinline__ Tile<count> tile_at(const DirectLoss& direct, int64_t index) {
-  Tile<count> tile(direct);  // the thread's part is the same in every tile
-  tile.image = index / direct.tiles;
-  tile.first = (index - tile.image * direct.tiles) * (direct_threads * count);
-  const int64_t left = direct.loss.pixels - tile.first;
-  tile.length = static_cast<int>(left < direct_threads * count ? left : direct_threads * count);
-  return tile;
-}
-
 template <int max_classes, int count>
-__device__ __forceinline__ void centre(int classes, const bool (&counts)[count], float (&x)[max_classes][count]) {
+__device__ __forceinline__ void centre(int classes, float to_base_2, const bool (&counts)[count],
+                                       float (&x)[max_classes][count]) {
   const float mean = 1.0f / static_cast<float>(classes);
 #pragma unroll
   for (int p = 0; p < count; ++p) {
@@ -115,9 +105,10 @@ __device__ __forceinline__ void centre(int classes, const bool (&counts)[count],
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
       if (c < classes) most = fmaxf(most, x[c][p]);
+    const float shift = -most * to_base_2;
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
-      if (c < classes) sum += x[c][p] = exp2_nonpositive(x[c][p] - most);
+      if (c < classes) sum += x[c][p] = exp2_nonpositive(fmaf(x[c][p], to_base_2, shift));
     sum = 1.0f / sum;
 #pragma unroll
     for (int c = 0; c < max_classes; ++c) x[c][p] = counts[p] && c < classes ? x[c][p] * sum - mean : 0.0f;
@@ -130,13 +121,12 @@ __device__ __forceinline__ void load_centred(const DirectLoss& direct, const Til
                                              bool (&counts)[count], float (&s)[max_classes][count],
                                              float (&t)[max_classes][count]) {
   const PixelLoss& loss = direct.loss;
-  const float scale = static_cast<float>(loss.to_base_2);
   float* const teacher_rows = memory + direct_threads * count * row_pitch(loss.classes);
   const RowPlaces place(loss.classes);
   const auto fill = [&](const Planes& x, float* rows) {
     with_type<float>(x.type, [&](auto zero) {
       load_rows(static_cast<const decltype(zero)*>(x.data) + offset_of(x, tile.image, tile.first),
-                tile.length * loss.classes, place, scale, rows);
+                tile.length * loss.classes, place, rows);
     });
   };
   if (direct.student == Access::rows) fill(loss.student, memory);
@@ -153,10 +143,10 @@ __device__ __forceinline__ void load_centred(const DirectLoss& direct, const Til
     counts[p] = label >= 0;
   }
   if (direct.student == Access::rows || direct.teacher == Access::rows) __syncthreads();
-  widen_logits<max_classes>(loss.student, direct.student, tile, loss.classes, scale, memory, raw_s, s);
-  widen_logits<max_classes>(loss.teacher, direct.teacher, tile, loss.classes, scale, teacher_rows, raw_t, t);
-  centre(loss.classes, counts, s);
-  centre(loss.classes, counts, t);
+  widen_logits<max_classes>(loss.student, direct.student, tile, loss.classes, memory, raw_s, s);
+  widen_logits<max_classes>(loss.teacher, direct.teacher, tile, loss.classes, teacher_rows, raw_t, t);
+  centre(loss.classes, loss.single.to_base_2, counts, s);
+  centre(loss.classes, loss.single.to_base_2, counts, t);
 }
 
 template <int max_classes, int count>
@@ -194,18 +184,16 @@ constexpr std::size_t pixel_sums_bytes = 2 * (direct_threads / warp_size) * size
 
 template <int max_classes>
 __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4)
-    register_slots_kernel(const DirectLoss direct, int64_t tiles, int64_t tiles_of_block,
-                          double* slots) {  // [blocks, 2 + 5C]
+    register_slots_kernel(const DirectLoss direct, double* slots) {  // [blocks, 2 + 5C]
   constexpr int count = pixels_per_thread(max_classes), pixels = direct_threads * count, pitch = staged_pitch(pixels);
   const int classes = direct.loss.classes;
   double* const scratch = shared_memory<double>();
   float* const memory = reinterpret_cast<float*>(scratch + 2 * (direct_threads / warp_size));  // rows, and then q
   double* const slot = slots + int64_t{blockIdx.x} * (2 + sums_of_class * classes);
-  const int64_t begin = blockIdx.x * tiles_of_block;
-  const int64_t end = tiles - begin < tiles_of_block ? tiles : begin + tiles_of_block;
+  const Range range = tiles_of_this_block(direct);
+  Tile<count> tile(direct, range.begin);
   double number = 0, within = 0;
-  for (int64_t index = begin; index < end; ++index) {
-    const Tile<count> tile = tile_at<count>(direct, index);
+  for (int64_t index = range.begin; index < range.end; ++index, tile.next(direct)) {
     bool counts[count];
     float s[max_classes][count] = {}, t[max_classes][count] = {};
     load_centred(direct, tile, memory, counts, s, t);
@@ -222,7 +210,7 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4)
         stage(memory + (classes + c) * pitch, tile, t[c]);
       }
     __syncthreads();
-    add_staged(memory, classes, pixels, classes, index == begin, slot + 2);
+    add_staged(memory, classes, pixels, classes, index == range.begin, slot + 2);
     __syncthreads();
   }
   write_pixel_sums(number, within, scratch, slot);
@@ -236,13 +224,13 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4)
   const int classes = loss.classes;
   ClassPart<float>* const parts = shared_memory<ClassPart<float>>();  // [C]
   float* const memory = reinterpret_cast<float*>(parts + classes);
-  const Tile<count> tile(direct);
+  const Tile<count> tile(direct, blockIdx.x);
   if (threadIdx.x < static_cast<unsigned>(classes)) parts[threadIdx.x] = {coefficients, classes, static_cast<int>(threadIdx.x)};
   __syncthreads();
   bool counts[count];
   float s[max_classes][count] = {}, t[max_classes][count] = {};
   load_centred(direct, tile, memory, counts, s, t);
-  const float factor = *upstream * static_cast<float>(1.0 / loss.temperature), mean = 1.0f / static_cast<float>(classes);
+  const float factor = *upstream * static_cast<float>(1.0 / loss.twice.temperature), mean = 1.0f / static_cast<float>(classes);
   Correlation<float> k[count];
   float common[count] = {};
 #pragma unroll
@@ -288,7 +276,7 @@ struct Centred {
   __device__ __forceinline__ Centred(const PixelLoss& loss, const Planes& x, int64_t image, int64_t pixel, bool counts)
       : x(x),
         offset(offset_of(x, image, pixel)),
-        scale(static_cast<A>(loss.to_base_2)),
+        scale(loss.numbers<A>().to_base_2),
         mean(A(1) / static_cast<A>(loss.classes)) {
     if (!counts) return;
     A sum = A(0);
@@ -393,7 +381,7 @@ __global__ void __launch_bounds__(direct_threads, 4)
   }
   const Centred<A> student(loss, loss.student, at.image, at.pixel, true);
   const Centred<A> teacher(loss, loss.teacher, at.image, at.pixel, true);
-  const A factor = *upstream * static_cast<A>(1.0 / loss.temperature);
+  const A factor = *upstream * static_cast<A>(1.0 / loss.twice.temperature);
   Products<A> products;
   over_classes(student, teacher, 0, loss.classes, [&](int, A q_s, A q_t) { products.add(q_s, q_t); });
   const Correlation<A> k = weighed(products.get(), coefficients);
@@ -471,23 +459,10 @@ struct PearsonCall {
     loss.teacher = planes_of(teacher, holder);
     loss.target = target ? target->data_ptr() : nullptr;
     if (target) loss.target_type = type_of(*target);
-    loss.take_temperature(temperature);
+    loss.set_numbers(0, 0, temperature);
     loss.ignore_index = ignore_index;
     twice = arithmetic_type(student, teacher) == ScalarType::Double;
     in_registers = !twice && loss.classes <= most_register_classes;
-  }
-
-  // For pixels in registers, `count` a thread. Without a gradient the student's place is taken.
-  DirectLoss direct(int count) const {
-    DirectLoss result{loss, access_of(loss.student, loss, count), access_of(loss.teacher, loss, count), Access::rows, false,
-                      ceil_div(loss.pixels, direct_threads * count)};
-    result.gradient = loss.gradient.data != nullptr ? access_of(loss.gradient, loss, count) : result.student;
-    Access* const all[] = {&result.student, &result.teacher, &result.gradient};
-    const auto any = [&](Access access) { return std::any_of(all, all + 3, [&](Access* a) { return *a == access; }); };
-    if (any(Access::strided))  // then lanes take neighbouring pixels everywhere
-      for (Access* access : all) *access = *access == Access::packed ? Access::strided : *access;
-    result.neighbours = any(Access::packed);
-    return result;
   }
 
   std::size_t rows_bytes(int count) const {
@@ -527,14 +502,14 @@ static Tensor class_pearson(
     run(tiles, tiles_of_block);
   };
   if (call.in_registers) {
-    with_classes(loss.classes, [&](auto max_classes) {
+    with_classes(loss.classes, RegisterClasses(), [&](auto max_classes) {
       constexpr int most = decltype(max_classes)::value, count = pixels_per_thread(most);
-      const DirectLoss direct = call.direct(count);
+      DirectLoss direct = direct_loss(loss, count);
       const std::size_t staged = staged_bytes(loss.classes, direct_threads * count, sizeof(float));
-      over_tiles(loss.images * direct.tiles, [&](int64_t tiles, int64_t tiles_of_block) {
+      over_tiles(loss.images * direct.tiles, [&](int64_t, int64_t tiles_of_block) {
+        direct.tiles_of_block = tiles_of_block;
         launch<register_slots_kernel<most>>({blocks}, direct_threads,
-                                            pixel_sums_bytes + std::max(staged, call.rows_bytes(count)), stream, direct,
-                                            tiles, tiles_of_block, slots);
+                                            pixel_sums_bytes + std::max(staged, call.rows_bytes(count)), stream, direct, slots);
       });
     });
   } else {
@@ -588,9 +563,9 @@ static Tensor class_pearson_backward(
   call.loss.gradient = planes_of(gradient.written, call.holder);
   const double* const of_classes = static_cast<const double*>(coefficients.data_ptr());
   if (call.in_registers) {
-    with_classes(call.loss.classes, [&](auto max_classes) {
+    with_classes(call.loss.classes, RegisterClasses(), [&](auto max_classes) {
       constexpr int most = decltype(max_classes)::value, count = pixels_per_thread(most);
-      const DirectLoss direct = call.direct(count);
+      const DirectLoss direct = direct_loss(call.loss, count);
       launch<register_gradient_kernel<most>>({call.loss.images * direct.tiles}, direct_threads,
                                              call.loss.classes * sizeof(ClassPart<float>) + call.rows_bytes(count),
                                              stream, direct, of_classes,

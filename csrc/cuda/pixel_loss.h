@@ -4,7 +4,7 @@
 // goes over the classes twice, first for the sums of exponentials, then for value and gradient. A block leaves its sums in
 // double; `finish` adds them up in the order of the blocks.
 //
-// Logits are in units of 1 / log2(e) here, see exp2_nonpositive.
+// Logits are multiplied by log2(e) / temperature in one instruction with the subtraction of their maximum, see exp2_nonpositive.
 #pragma once
 
 #include "../math/decoupled_kl.h"
@@ -13,9 +13,46 @@
 
 namespace medkd {
 
+// Classes that a kernel holds in registers: of these numbers the first that is enough, so that little is done for classes that
+// are not there.
+template <int... numbers>
+struct ClassNumbers {};
+using RegisterClasses = ClassNumbers<2, 3, 4, 5, 6, 8, 9, 10, 12, 14, 16, 24, 32>;
+constexpr int most_register_classes = 32;
+
+// One more than the number before.
+template <int... numbers>
+__host__ __device__ constexpr int fewest_classes(int max_classes, ClassNumbers<numbers...>) {
+  int before = 0, fewest = 0;
+  ((fewest = numbers == max_classes ? before + 1 : fewest, before = numbers), ...);
+  return fewest;
+}
+
+// f(integral constant) with the first of the numbers that is enough.
+template <int number, int... others, typename F>
+void with_classes(int classes, ClassNumbers<number, others...>, const F& f) {
+  if constexpr (sizeof...(others) > 0)
+    if (classes > number) return with_classes(classes, ClassNumbers<others...>(), f);
+  f(std::integral_constant<int, number>());
+}
+
+// Whether class c is there: a kernel for fewer classes would be asked where one of the fewest is not.
+template <int max_classes>
+__device__ __forceinline__ bool there(int c, int classes) {
+  constexpr int fewest = fewest_classes(max_classes, RegisterClasses());
+  return c < fewest || c < classes;
+}
+
 constexpr int terms = 3;           // loss, target part, non-target part; class_kl has the first alone
 constexpr int sums = terms + 1;    // and the denominator
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
+
+// The call's numbers in the type of the arithmetic; on the device a conversion takes as long as an exponential.
+template <typename A>
+struct Numbers {
+  A target_weight, nontarget_weight, temperature;
+  A to_base_2;  // what logits are multiplied by; of the temperature
+};
 
 struct PixelLoss {
   Planes student;              // [B, C, N], or [B, C, low pixels] when it is upsampled
@@ -26,14 +63,22 @@ struct PixelLoss {
   const void* weight;          // [B, N] in the type of the arithmetic, or nullptr
   void* per_pixel[terms];      // [B, N] each, in the type of the arithmetic, or nullptr
   double* block_sums;          // [blocks, sums] or nullptr
-  double target_weight, nontarget_weight, temperature;
-  double to_base_2;            // what logits are multiplied by when they are loaded; of the temperature
+  Numbers<float> single;
+  Numbers<double> twice;
   int64_t ignore_index, images, pixels;
   int classes;
 
-  void take_temperature(double of_both) {
-    temperature = of_both;
-    to_base_2 = log2_e / of_both;
+  template <typename A>
+  __device__ __forceinline__ const Numbers<A>& numbers() const {
+    if constexpr (std::is_same_v<A, double>)
+      return twice;
+    else
+      return single;
+  }
+  void set_numbers(double target_weight, double nontarget_weight, double temperature) {
+    twice = {target_weight, nontarget_weight, temperature, log2_e / temperature};
+    single = {static_cast<float>(twice.target_weight), static_cast<float>(twice.nontarget_weight),
+              static_cast<float>(twice.temperature), static_cast<float>(twice.to_base_2)};
   }
 };
 
@@ -68,35 +113,43 @@ struct PixelSums {
   A weighted = A(0);             // sum of the teacher's exponentials times differences, see weighted_difference
 };
 
-// The value and what the gradient is made of. No class but the label's: the maxima count as 0.
+// What is added to multiplied logits. Without any class the maximum counts as 0.
+template <typename A>
+__device__ __forceinline__ A shift_of(A max, A to_base_2) {
+  return max == -infinity<A>() ? A(0) : -max * to_base_2;
+}
+
+// The value and what the gradient is made of. The label's logits are shifted like the others.
 template <bool decoupled, typename A>
 struct PixelTerms {
   TargetTerm<A> target;
   Coefficients<A> coefficient;
   A scale, inverse_t;
 
-  __device__ __forceinline__ PixelTerms(const PixelLoss& loss, const PixelSums<A>& pixel, A weight) {
-    scale = weight * static_cast<A>(loss.temperature);
+  __device__ __forceinline__ PixelTerms(const PixelLoss& loss, const PixelSums<A>& pixel, A weight, bool valid) {
+    const Numbers<A>& numbers = loss.numbers<A>();
+    scale = weight * numbers.temperature;
     target = {A(0), A(0)};
     if (decoupled) {
       // an error in these moves a network by as little, and what is made of both stays exact for equal ones
-      const A d_s = (pixel.own_s - pixel.max_s - near_log2(pixel.sum_s)) * A(ln_2);
-      const A d_t = (pixel.own_t - pixel.max_t - near_log2(pixel.sum_t)) * A(ln_2);
-      target = target_term(d_s, d_t);
+      const A d_s = pixel.own_s - near_log2(pixel.sum_s);
+      const A d_t = pixel.own_t - near_log2(pixel.sum_t);
+      target = target_term(d_s, d_t, A(ln_2), [](A x) { return exp2_nonpositive(x); });
     }
     inverse_t = inverse_of_sum(pixel.sum_t);
-    coefficient = decoupled_coefficients(inverse_of_sum(pixel.sum_s), inverse_t, target.gradient,
-                                         static_cast<A>(loss.target_weight), static_cast<A>(loss.nontarget_weight), scale);
+    coefficient = decoupled_coefficients(inverse_of_sum(pixel.sum_s), inverse_t, target.gradient, numbers.target_weight,
+                                         numbers.nontarget_weight, scale);
+    coefficient.target = valid ? coefficient.target : A(0);
   }
 
   __device__ __forceinline__ void values(const PixelLoss& loss, const PixelSums<A>& pixel, bool valid,
                                          A (&value)[terms]) const {
+    const Numbers<A>& numbers = loss.numbers<A>();
     const A nontarget = divergence(pixel.sum_s, pixel.sum_t, inverse_t, pixel.weighted * A(ln_2));
-    const A target_weight = static_cast<A>(loss.target_weight), nontarget_weight = static_cast<A>(loss.nontarget_weight);
     // a part of weight 0 is left out, even an infinite one
-    const A total = (target_weight == A(0) ? A(0) : target_weight * target.value) +
-                    (nontarget_weight == A(0) ? A(0) : nontarget_weight * nontarget);
-    const A factor = scale * static_cast<A>(loss.temperature);
+    const A total = (numbers.target_weight == A(0) ? A(0) : numbers.target_weight * target.value) +
+                    (numbers.nontarget_weight == A(0) ? A(0) : numbers.nontarget_weight * nontarget);
+    const A factor = scale * numbers.temperature;
     value[0] = valid ? factor * total : A(0);
     value[1] = valid ? factor * target.value : A(0);
     value[2] = valid ? factor * nontarget : A(0);
@@ -105,59 +158,63 @@ struct PixelTerms {
   // from exponentials of the shifted logits
   __device__ __forceinline__ A gradient(A e_s, A e_t, bool own, bool valid) const {
     const A other = e_s * coefficient.student + e_t * coefficient.teacher;
-    return !valid ? A(0) : decoupled && own ? coefficient.target : other;
+    return (decoupled && own) || !valid ? coefficient.target : other;
   }
 };
 
-// `count` pixels whose logits are in registers; the student's become the gradient.
-template <bool decoupled, int max_classes, int count, typename A>
+// The same number, of which the compiler does not know that it is: what it made of it before, it has to make again, where it
+// would hold a comparison with every class from the first to the last.
+template <typename A>
+__device__ __forceinline__ A again(A x) {
+#if MEDKD_DEVICE_CODE
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+
+// `count` pixels whose logits are in registers, -infinity in the place of a class that is not there; the student's become the
+// gradient.
+template <bool decoupled, int max_classes, int count>
 __device__ __forceinline__ void pixels_in_registers(const PixelLoss& loss, const int (&label)[count],
-                                                    const A (&weight)[count], A (&s)[max_classes][count],
-                                                    A (&t)[max_classes][count], A (&value)[count][terms]) {
-  PixelSums<A> pixel[count];
-  A own_class[count];  // not an integer, whose comparisons with every class the compiler would make an index into s and t of
-#pragma unroll
-  for (int p = 0; p < count; ++p) own_class[p] = static_cast<A>(label[p]);
-#pragma unroll
-  for (int c = 0; c < max_classes; ++c)
-    if (c < loss.classes)
-#pragma unroll
-      for (int p = 0; p < count; ++p) {
-        if (decoupled) {  // from here on the label's class is absent: its exponentials are 0
-          const bool own = own_class[p] == A(c);
-          pixel[p].own_s = own ? s[c][p] : pixel[p].own_s;
-          pixel[p].own_t = own ? t[c][p] : pixel[p].own_t;
-          s[c][p] = own ? -infinity<A>() : s[c][p];
-          t[c][p] = own ? -infinity<A>() : t[c][p];
-        }
-        pixel[p].max_s = fmax(pixel[p].max_s, s[c][p]);  // one instruction, and NaN shows in the exponentials
-        pixel[p].max_t = fmax(pixel[p].max_t, t[c][p]);
-      }
+                                                    const float (&weight)[count], float (&s)[max_classes][count],
+                                                    float (&t)[max_classes][count], float (&value)[count][terms]) {
+  const float to_base_2 = loss.single.to_base_2;
 #pragma unroll
   for (int p = 0; p < count; ++p) {
-    pixel[p].max_s = pixel[p].max_s == -infinity<A>() ? A(0) : pixel[p].max_s;
-    pixel[p].max_t = pixel[p].max_t == -infinity<A>() ? A(0) : pixel[p].max_t;
-  }
+    PixelSums<float> pixel;
+    const float own_class = again(static_cast<float>(label[p]));  // of an integer the compiler would make an index into s and t
 #pragma unroll
-  for (int c = 0; c < max_classes; ++c)
-    if (c < loss.classes)
-#pragma unroll
-      for (int p = 0; p < count; ++p) {
-        const A x_s = s[c][p] - pixel[p].max_s, x_t = t[c][p] - pixel[p].max_t;
-        s[c][p] = exp2_nonpositive(x_s);
-        t[c][p] = exp2_nonpositive(x_t);
-        pixel[p].weighted += weighted_difference(t[c][p], x_t, x_s);
-        pixel[p].sum_s += s[c][p];
-        pixel[p].sum_t += t[c][p];
+    for (int c = 0; c < max_classes; ++c) {
+      if (decoupled) {  // from here on the label's class is absent: its exponentials are 0
+        const bool own = own_class == static_cast<float>(c);
+        pixel.own_s = own ? s[c][p] : pixel.own_s;
+        pixel.own_t = own ? t[c][p] : pixel.own_t;
+        s[c][p] = own ? -infinity<float>() : s[c][p];
+        t[c][p] = own ? -infinity<float>() : t[c][p];
       }
+      pixel.max_s = fmaxf(pixel.max_s, s[c][p]);  // one instruction, and NaN shows in the exponentials
+      pixel.max_t = fmaxf(pixel.max_t, t[c][p]);
+    }
+    const float shift_s = shift_of(pixel.max_s, to_base_2), shift_t = shift_of(pixel.max_t, to_base_2);
+    pixel.own_s = fmaf(pixel.own_s, to_base_2, shift_s);
+    pixel.own_t = fmaf(pixel.own_t, to_base_2, shift_t);
 #pragma unroll
-  for (int p = 0; p < count; ++p) {
-    const PixelTerms<decoupled, A> result(loss, pixel[p], weight[p]);
-    result.values(loss, pixel[p], label[p] >= 0, value[p]);
+    for (int c = 0; c < max_classes; ++c) {
+      const float x_s = fmaf(s[c][p], to_base_2, shift_s), x_t = fmaf(t[c][p], to_base_2, shift_t);
+      s[c][p] = exp2_nonpositive(x_s);
+      t[c][p] = exp2_nonpositive(x_t);
+      pixel.weighted += weighted_difference(t[c][p], x_t, x_s);
+      pixel.sum_s += s[c][p];
+      pixel.sum_t += t[c][p];
+    }
+    const bool valid = label[p] >= 0;
+    const PixelTerms<decoupled, float> result(loss, pixel, weight[p], valid);
+    result.values(loss, pixel, valid, value[p]);
     if (loss.gradient.data == nullptr) continue;
+    const float own_again = again(own_class);
 #pragma unroll
-    for (int c = 0; c < max_classes; ++c)  // also for classes that are not there, for which nobody asks: cheaper than a condition
-      s[c][p] = result.gradient(s[c][p], t[c][p], own_class[p] == A(c), label[p] >= 0);
+    for (int c = 0; c < max_classes; ++c)
+      s[c][p] = result.gradient(s[c][p], t[c][p], own_again == static_cast<float>(c), valid);
   }
 }
 
@@ -215,7 +272,9 @@ __device__ __forceinline__ void pixel_in_sweeps(const PixelLoss& loss, int label
   }
   pixel.max_s = pixel.max_s == -infinity<A>() ? A(0) : pixel.max_s;
   pixel.max_t = pixel.max_t == -infinity<A>() ? A(0) : pixel.max_t;
-  const PixelTerms<decoupled, A> result(loss, pixel, weight);
+  pixel.own_s -= pixel.max_s;
+  pixel.own_t -= pixel.max_t;
+  const PixelTerms<decoupled, A> result(loss, pixel, weight, label >= 0);
   for (int c = first; c < loss.classes; c += batch<A> * lanes) {
     A s[batch<A>], t[batch<A>];
     load(c, s, t);
@@ -261,15 +320,16 @@ __device__ __forceinline__ void write_sums(const PixelLoss& loss, const double (
   loss.block_sums[int64_t{blockIdx.x} * sums + threadIdx.x] = total;
 }
 
-template <typename A>
+// `sum` may be of the arithmetic's type where it is over a few pixels.
+template <bool decoupled, typename A, typename Sum>
 __device__ __forceinline__ void add_pixel(const PixelLoss& loss, int64_t pixel, const A (&value)[terms], A weight,
-                                          double (&sum)[sums]) {
+                                          Sum (&sum)[sums]) {
 #pragma unroll
-  for (int i = 0; i < terms; ++i) {
-    sum[i] += static_cast<double>(value[i]);
+  for (int i = 0; i < (decoupled ? terms : 1); ++i) {
+    sum[i] += static_cast<Sum>(value[i]);
     if (loss.per_pixel[i] != nullptr) static_cast<A*>(loss.per_pixel[i])[pixel] = value[i];
   }
-  sum[terms] += static_cast<double>(weight);
+  sum[terms] += static_cast<Sum>(weight);
 }
 
 // Where the reduced loss goes, each [] in the type of the arithmetic, or nullptr.

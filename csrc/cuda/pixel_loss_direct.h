@@ -15,15 +15,16 @@ enum class Access : int32_t {
 struct DirectLoss {
   PixelLoss loss;
   Access student, teacher, gradient;
-  bool neighbours;  // a thread's pixels lie side by side, or else a block's width apart
-  int64_t tiles;    // of an image
+  bool neighbours;         // a thread's pixels lie side by side, or else a block's width apart
+  int64_t tiles;           // of an image
+  int64_t tiles_of_block;  // one behind another
 };
 
 // Blocks on a multiprocessor are asked for below: left alone, the compiler spills a few registers to fit one block more.
 constexpr int direct_threads = 128;
 
 // Pixels of a thread: as many as leave room for both networks' logits in 64 registers.
-__host__ __device__ constexpr int pixels_per_thread(int max_classes) { return max_classes <= 8 ? 4 : max_classes <= 16 ? 2 : 1; }
+__host__ __device__ constexpr int pixels_per_thread(int max_classes) { return max_classes <= 6 ? 4 : max_classes <= 16 ? 2 : 1; }
 
 // Rows in shared memory begin at an odd distance, so that the lanes that read one class of theirs meet no bank twice.
 __host__ __device__ constexpr int row_pitch(int classes) { return classes % 2 ? classes : classes + 1; }
@@ -46,15 +47,15 @@ constexpr int word = sizeof(T) < 4 ? 4 / static_cast<int>(sizeof(T)) : 1;
 
 // Rows of `elements` elements from global to shared memory. What is left of the last word is moved by itself.
 template <typename T>
-__device__ __forceinline__ void load_rows(const T* from, int elements, const RowPlaces& place, float scale, float* rows) {
+__device__ __forceinline__ void load_rows(const T* from, int elements, const RowPlaces& place, float* rows) {
 #pragma unroll 8
   for (int e = static_cast<int>(threadIdx.x) * word<T>; e + word<T> <= elements; e += direct_threads * word<T>) {
     const Pack<T, word<T>> pack = load_pack<word<T>>(from + e);
     const int to = place(e);
 #pragma unroll
-    for (int k = 0; k < word<T>; ++k) rows[to + k] = widen(pack.value[k]) * scale;
+    for (int k = 0; k < word<T>; ++k) rows[to + k] = widen(pack.value[k]);
   }
-  if (elements % word<T> != 0 && threadIdx.x == 0) rows[place(elements - 1)] = widen(from[elements - 1]) * scale;
+  if (elements % word<T> != 0 && threadIdx.x == 0) rows[place(elements - 1)] = widen(from[elements - 1]);
 }
 
 template <typename T>
@@ -70,6 +71,16 @@ __device__ __forceinline__ void store_rows(const float* rows, int elements, cons
   if (elements % word<T> != 0 && threadIdx.x == 0) narrow(rows[place(elements - 1)], to[elements - 1]);
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
+// Counted over all images.
+__device__ __forceinline__ Range tiles_of_this_block(const DirectLoss& direct) {
+  const int64_t all = direct.loss.images * direct.tiles, begin = blockIdx.x * direct.tiles_of_block;
+  return {begin, all - begin < direct.tiles_of_block ? all : begin + direct.tiles_of_block};
+}
+
 // A block's tile of pixels and this thread's among them.
 template <int count>
 struct Tile {
@@ -77,15 +88,26 @@ struct Tile {
   int length;     // pixels of the tile within the image
   int own, step;  // this thread's pixels are own, own + step, ...
 
-  __device__ explicit Tile(const DirectLoss& direct) {
-    constexpr int size = direct_threads * count;
-    image = blockIdx.x / direct.tiles;
-    first = (blockIdx.x - image * direct.tiles) * size;
-    const int64_t left = direct.loss.pixels - first;
-    length = static_cast<int>(left < size ? left : size);
+  // `index` counts the tiles of all images.
+  __device__ Tile(const DirectLoss& direct, int64_t index) {
+    image = index / direct.tiles;
+    move_to((index - image * direct.tiles) * size, direct.loss.pixels);
     const int thread = static_cast<int>(threadIdx.x);
     own = direct.neighbours ? thread * count : thread;
     step = direct.neighbours ? 1 : direct_threads;
+  }
+  __device__ __forceinline__ void next(const DirectLoss& direct) {
+    if (first + size < direct.loss.pixels) return move_to(first + size, direct.loss.pixels);
+    ++image;
+    move_to(0, direct.loss.pixels);
+  }
+
+ private:
+  static constexpr int size = direct_threads * count;
+
+  __device__ __forceinline__ void move_to(int64_t to, int64_t pixels) {
+    first = to;
+    length = static_cast<int>(pixels - to < size ? pixels - to : size);
   }
 };
 
@@ -110,7 +132,11 @@ __device__ __forceinline__ T element_of(uint32_t bits, int k) {
     return __uint_as_float(bits);
 }
 
-// Zeros stay where the class or the pixel is not there, and where the logits are in shared memory.
+// A word of logits that are -infinity: those of a class that is not there.
+template <typename T>
+constexpr uint32_t absent_word = sizeof(T) >= 4 ? 0xff800000u : std::is_same_v<T, BFloat16> ? 0xff80ff80u : 0xfc00fc00u;
+
+// Zeros stay where the pixel is not there, and where the logits are in shared memory.
 template <int max_classes, int count>
 __device__ __forceinline__ void fetch_logits(const Planes& x, Access access, const Tile<count>& tile, int classes,
                                              RawLogits<max_classes, count>& raw) {
@@ -123,35 +149,39 @@ __device__ __forceinline__ void fetch_logits(const Planes& x, Access access, con
       if (access == Access::packed) {
         if (tile.own >= tile.length) return;
 #pragma unroll
-        for (int c = 0; c < max_classes; ++c, from += x.stride_c)
-          if (c < classes) {
-            const auto pack = load_pack<words>(reinterpret_cast<const uint32_t*>(from));
+        for (int c = 0; c < max_classes; ++c, from += x.stride_c) {
+          Pack<uint32_t, words> pack;
 #pragma unroll
-            for (int k = 0; k < words; ++k) raw[c][k] = pack.value[k];
-          }
+          for (int k = 0; k < words; ++k) pack.value[k] = absent_word<T>;
+          if (there<max_classes>(c, classes)) pack = load_pack<words>(reinterpret_cast<const uint32_t*>(from));
+#pragma unroll
+          for (int k = 0; k < words; ++k) raw[c][k] = pack.value[k];
+        }
         return;
       }
 #pragma unroll
     for (int c = 0; c < max_classes; ++c, from += x.stride_c)
-      if (c < classes)
 #pragma unroll
-        for (int p = 0; p < count; ++p)
-          if (tile.own + p * tile.step < tile.length) raw[c][p] = word_of(from[p * tile.step * x.stride_n]);
+      for (int p = 0; p < count; ++p) {
+        if (tile.own + p * tile.step >= tile.length) continue;
+        raw[c][p] = absent_word<T>;
+        if (there<max_classes>(c, classes)) raw[c][p] = word_of(from[p * tile.step * x.stride_n]);
+      }
   });
 }
 
 // All classes that there may be: a condition would come between the loads.
 template <int max_classes, int count>
 __device__ __forceinline__ void widen_logits(const Planes& x, Access access, const Tile<count>& tile, int classes,
-                                             float scale, const float* rows, const RawLogits<max_classes, count>& raw,
+                                             const float* rows, const RawLogits<max_classes, count>& raw,
                                              float (&out)[max_classes][count]) {
   if (access == Access::rows) {
     const int pitch = row_pitch(classes);
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
-      if (c < classes)
 #pragma unroll
-        for (int p = 0; p < count; ++p) out[c][p] = rows[(tile.own + p * tile.step) * pitch + c];
+      for (int p = 0; p < count; ++p)
+        out[c][p] = there<max_classes>(c, classes) ? rows[(tile.own + p * tile.step) * pitch + c] : -infinity<float>();
     return;
   }
   with_type<float>(x.type, [&](auto zero) {
@@ -161,7 +191,7 @@ __device__ __forceinline__ void widen_logits(const Planes& x, Access access, con
     for (int c = 0; c < max_classes; ++c)
 #pragma unroll
       for (int p = 0; p < count; ++p)
-        out[c][p] = widen(packs ? element_of<T>(raw[c][p / word<T>], p % word<T>) : element_of<T>(raw[c][p], 0)) * scale;
+        out[c][p] = widen(packs ? element_of<T>(raw[c][p / word<T>], p % word<T>) : element_of<T>(raw[c][p], 0));
   });
 }
 
@@ -172,7 +202,7 @@ __device__ __forceinline__ void store_gradient(const Planes& x, Access access, c
     const int pitch = row_pitch(classes);
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
-      if (c < classes)
+      if (there<max_classes>(c, classes))
 #pragma unroll
         for (int p = 0; p < count; ++p) rows[(tile.own + p * tile.step) * pitch + c] = in[c][p];
     return;
@@ -185,17 +215,17 @@ __device__ __forceinline__ void store_gradient(const Planes& x, Access access, c
       if (tile.own >= tile.length) return;
 #pragma unroll
       for (int c = 0; c < max_classes; ++c, to += x.stride_c)
-        if (c < classes) {
+        if (there<max_classes>(c, classes)) {
           Pack<T, count> pack;
 #pragma unroll
           for (int p = 0; p < count; ++p) narrow(in[c][p], pack.value[p]);
-          store_pack(to, pack);
+          store_whole(to, pack);
         }
       return;
     }
 #pragma unroll
     for (int c = 0; c < max_classes; ++c, to += x.stride_c)
-      if (c < classes)
+      if (there<max_classes>(c, classes))
 #pragma unroll
         for (int p = 0; p < count; ++p)
           if (tile.own + p * tile.step < tile.length) narrow(in[c][p], to[p * tile.step * x.stride_n]);
@@ -204,64 +234,68 @@ __device__ __forceinline__ void store_gradient(const Planes& x, Access access, c
 
 // Shared memory: the block's sums, then the student's rows, which become the gradient's, then the teacher's.
 template <bool decoupled, int max_classes>
-__global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) register_kernel(DirectLoss direct) {
+__global__ void __launch_bounds__(direct_threads, max_classes == 16 ? 2 : 3) register_kernel(DirectLoss direct) {
   constexpr int count = pixels_per_thread(max_classes);
   const PixelLoss& loss = direct.loss;
-  const Tile<count> tile(direct);
   const int classes = loss.classes;
-  const float scale = static_cast<float>(loss.to_base_2);
   double* scratch = shared_memory<double>();
   float* student_rows = reinterpret_cast<float*>(scratch + sums * (direct_threads / warp_size));
   float* teacher_rows = student_rows + (direct.student == Access::rows || direct.gradient == Access::rows
                                             ? direct_threads * count * row_pitch(classes)
                                             : 0);
   const RowPlaces place(classes);
-  if (direct.student == Access::rows)
-    with_type<float>(loss.student.type, [&](auto zero) {
-      using T = decltype(zero);
-      load_rows(static_cast<const T*>(loss.student.data) + offset_of(loss.student, tile.image, tile.first),
-                tile.length * classes, place, scale, student_rows);
-    });
-  if (direct.teacher == Access::rows)
-    with_type<float>(loss.teacher.type, [&](auto zero) {
-      using T = decltype(zero);
-      load_rows(static_cast<const T*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, tile.first),
-                tile.length * classes, place, scale, teacher_rows);
-    });
-  RawLogits<max_classes, count> raw_s = {}, raw_t = {};
-  fetch_logits<max_classes>(loss.student, direct.student, tile, classes, raw_s);
-  fetch_logits<max_classes>(loss.teacher, direct.teacher, tile, classes, raw_t);
-  int label[count];
-  float weight[count];
-#pragma unroll
-  for (int p = 0; p < count; ++p) {
-    label[p] = -1;
-    weight[p] = 0;
-    const int pixel = tile.own + p * tile.step;
-    if (pixel < tile.length)
-      load_label<decoupled>(loss, tile.image * loss.pixels + tile.first + pixel, label[p], weight[p]);
-  }
-  if (direct.student == Access::rows || direct.teacher == Access::rows) __syncthreads();
-  float s[max_classes][count] = {}, t[max_classes][count] = {}, value[count][terms];
-  widen_logits<max_classes>(loss.student, direct.student, tile, classes, scale, student_rows, raw_s, s);
-  widen_logits<max_classes>(loss.teacher, direct.teacher, tile, classes, scale, teacher_rows, raw_t, t);
-  pixels_in_registers<decoupled, max_classes, count>(loss, label, weight, s, t, value);
-  if (loss.gradient.data != nullptr) {
-    store_gradient(loss.gradient, direct.gradient, tile, classes, student_rows, s);
-    if (direct.gradient == Access::rows) {
-      __syncthreads();
-      with_type<float>(loss.gradient.type, [&](auto zero) {
+  const Range range = tiles_of_this_block(direct);
+  Tile<count> tile(direct, range.begin);
+  float own_sum[sums] = {};
+  for (int64_t index = range.begin; index < range.end; ++index, tile.next(direct)) {
+    if (direct.student == Access::rows)
+      with_type<float>(loss.student.type, [&](auto zero) {
         using T = decltype(zero);
-        store_rows(student_rows, tile.length * classes, place,
-                   static_cast<T*>(loss.gradient.data) + offset_of(loss.gradient, tile.image, tile.first));
+        load_rows(static_cast<const T*>(loss.student.data) + offset_of(loss.student, tile.image, tile.first),
+                  tile.length * classes, place, student_rows);
       });
-    }
-  }
-  double sum[sums] = {};
+    if (direct.teacher == Access::rows)
+      with_type<float>(loss.teacher.type, [&](auto zero) {
+        using T = decltype(zero);
+        load_rows(static_cast<const T*>(loss.teacher.data) + offset_of(loss.teacher, tile.image, tile.first),
+                  tile.length * classes, place, teacher_rows);
+      });
+    RawLogits<max_classes, count> raw_s = {}, raw_t = {};
+    fetch_logits<max_classes>(loss.student, direct.student, tile, classes, raw_s);
+    fetch_logits<max_classes>(loss.teacher, direct.teacher, tile, classes, raw_t);
+    const int64_t first = tile.image * loss.pixels + tile.first + tile.own;  // this thread's first pixel
+    int label[count];
+    float weight[count];
 #pragma unroll
-  for (int p = 0; p < count; ++p)
-    if (tile.own + p * tile.step < tile.length)
-      add_pixel(loss, tile.image * loss.pixels + tile.first + tile.own + p * tile.step, value[p], weight[p], sum);
+    for (int p = 0; p < count; ++p) {
+      label[p] = -1;
+      weight[p] = 0;
+      if (tile.own + p * tile.step < tile.length) load_label<decoupled>(loss, first + p * tile.step, label[p], weight[p]);
+    }
+    if (direct.student == Access::rows || direct.teacher == Access::rows) __syncthreads();
+    float s[max_classes][count], t[max_classes][count], value[count][terms];
+    widen_logits<max_classes>(loss.student, direct.student, tile, classes, student_rows, raw_s, s);
+    widen_logits<max_classes>(loss.teacher, direct.teacher, tile, classes, teacher_rows, raw_t, t);
+    pixels_in_registers<decoupled, max_classes, count>(loss, label, weight, s, t, value);
+    if (loss.gradient.data != nullptr) {
+      store_gradient(loss.gradient, direct.gradient, tile, classes, student_rows, s);
+      if (direct.gradient == Access::rows) {
+        __syncthreads();
+        with_type<float>(loss.gradient.type, [&](auto zero) {
+          using T = decltype(zero);
+          store_rows(student_rows, tile.length * classes, place,
+                     static_cast<T*>(loss.gradient.data) + offset_of(loss.gradient, tile.image, tile.first));
+        });
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < count; ++p)
+      if (tile.own + p * tile.step < tile.length) add_pixel<decoupled>(loss, first + p * tile.step, value[p], weight[p], own_sum);
+    if (direct.student == Access::rows || direct.teacher == Access::rows || direct.gradient == Access::rows) __syncthreads();
+  }
+  double sum[sums];
+#pragma unroll
+  for (int i = 0; i < sums; ++i) sum[i] = static_cast<double>(own_sum[i]);
   write_sums(loss, sum, scratch);
 }
 
@@ -269,7 +303,7 @@ __global__ void __launch_bounds__(direct_threads, max_classes <= 8 ? 3 : 4) regi
 template <bool decoupled, int lanes, typename A>
 __global__ void __launch_bounds__(direct_threads, 4) sweep_kernel(PixelLoss loss) {
   const int64_t index = (int64_t{blockIdx.x} * direct_threads + threadIdx.x) / lanes;  // over all images
-  const A scale = static_cast<A>(loss.to_base_2);
+  const A scale = loss.numbers<A>().to_base_2;
   double sum[sums] = {};
   if (index < loss.images * loss.pixels) {
     const int64_t image = index / loss.pixels, pixel = index - image * loss.pixels;
@@ -297,7 +331,7 @@ __global__ void __launch_bounds__(direct_threads, 4) sweep_kernel(PixelLoss loss
         store_element(loss.gradient, gradient_offset + c * loss.gradient.stride_c, gradient);
     };
     pixel_in_sweeps<decoupled, lanes>(loss, label, weight, load, store, value);
-    if (lanes == 1 || lane_index() == 0) add_pixel(loss, index, value, weight, sum);
+    if (lanes == 1 || lane_index() == 0) add_pixel<decoupled>(loss, index, value, weight, sum);
   }
   write_sums(loss, sum, shared_memory<double>());
 }

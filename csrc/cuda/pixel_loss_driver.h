@@ -20,16 +20,10 @@ struct PixelLossTensors {
   Tensor scale, gradient;
 };
 
-constexpr int most_register_classes = 32, finish_threads = 1024, gather_threads = 256;
+constexpr int finish_threads = 1024, gather_threads = 256;
+// A block that takes more tiles begins and ends less often; there should be some for every place that a large GPU has for one.
+constexpr int64_t enough_tile_blocks = 2048, most_tiles_of_block = 4;
 constexpr std::size_t scratch_bytes(int threads) { return sums * (threads / warp_size) * sizeof(double); }
-
-// f(integral constant) with the least number of registers that holds the classes.
-template <typename F>
-void with_classes(int classes, const F& f) {
-  if (classes <= 8) return f(std::integral_constant<int, 8>());
-  if (classes <= 16) return f(std::integral_constant<int, 16>());
-  f(std::integral_constant<int, most_register_classes>());
-}
 
 inline Access access_of(const Planes& x, const PixelLoss& loss, int count) {
   const int size = x.type == Type::float32 ? 4 : 2;
@@ -42,25 +36,31 @@ inline Access access_of(const Planes& x, const PixelLoss& loss, int count) {
   return packed ? Access::packed : Access::strided;
 }
 
-template <bool decoupled, int max_classes>
-void launch_registers(const PixelLoss& loss, int64_t tiles, cudaStream_t stream) {
-  constexpr int count = pixels_per_thread(max_classes);
-  DirectLoss direct{loss, access_of(loss.student, loss, count), access_of(loss.teacher, loss, count), Access::rows, false, tiles};
-  const bool want_gradient = loss.gradient.data != nullptr;
-  direct.gradient = want_gradient ? access_of(loss.gradient, loss, count) : direct.student;
+// Without a gradient the student's access is its.
+inline DirectLoss direct_loss(const PixelLoss& loss, int count) {
+  const int64_t tiles = ceil_div(loss.pixels, direct_threads * count);
+  DirectLoss direct{loss, access_of(loss.student, loss, count), access_of(loss.teacher, loss, count), Access::rows, false, tiles, 1};
+  direct.gradient = loss.gradient.data != nullptr ? access_of(loss.gradient, loss, count) : direct.student;
   Access* const all[] = {&direct.student, &direct.teacher, &direct.gradient};
   const auto any = [&](Access access) { return std::any_of(all, all + 3, [&](Access* a) { return *a == access; }); };
   if (any(Access::strided))  // then lanes take neighbouring pixels everywhere
     for (Access* access : all) *access = *access == Access::packed ? Access::strided : *access;
   direct.neighbours = any(Access::packed);
-  const std::size_t rows = direct_threads * count * row_pitch(loss.classes) * sizeof(float);
+  return direct;
+}
+
+template <bool decoupled, int max_classes>
+void launch_registers(const DirectLoss& direct, int64_t blocks, cudaStream_t stream) {
+  const std::size_t rows =
+      direct_threads * pixels_per_thread(max_classes) * row_pitch(direct.loss.classes) * sizeof(float);
   const bool student_rows = direct.student == Access::rows || direct.gradient == Access::rows;
   const std::size_t shared =
       scratch_bytes(direct_threads) + (student_rows ? rows : 0) + (direct.teacher == Access::rows ? rows : 0);
-  launch<register_kernel<decoupled, max_classes>>({loss.images * tiles}, direct_threads, shared, stream, direct);
+  launch<register_kernel<decoupled, max_classes>>({blocks}, direct_threads, shared, stream, direct);
 }
 
 inline Axis axis_of(int64_t full, int64_t low, int64_t tiles) {
+  if (full >= int64_t{1} << 30) throw std::runtime_error("an axis of 2^30 pixels or more is too long to upsample to");
   const int64_t tile = ceil_div(full, tiles);
   const int64_t touched = std::min<int64_t>(ceil_div((tile - 1) * low, full) + 2, low);
   return {{static_cast<int>(full), static_cast<int>(low)},
@@ -69,13 +69,12 @@ inline Axis axis_of(int64_t full, int64_t low, int64_t tiles) {
           static_cast<int>(touched)};
 }
 
-// How the pixels of an upsampled student are cut. `bytes` is what a pixel needs of shared memory for one class; a block of at
-// least 64 threads has `budget` of it.
-inline LinesLoss lines_of(const PixelLoss& loss, const Tensor& student, const Tensor& teacher, int64_t bytes) {
+// How the pixels of an upsampled student are cut, for blocks of up to `threads`. `bytes` is what a pixel needs of shared memory
+// for one class; a block of at least 64 threads has `budget` of it.
+inline LinesLoss lines_of(const PixelLoss& loss, const Tensor& student, const Tensor& teacher, int64_t threads, int64_t bytes) {
   constexpr int64_t budget = most_shared_bytes - 4 * 1024, enough_blocks = 512;  // enough: two waves of the largest GPU
   const int64_t dims = teacher.dim();
   const auto sizes = [&](const Tensor& x, int64_t from_last) { return dims - from_last < 2 ? 1 : x.size(dims - from_last); };
-  int64_t threads = most_line_threads;
   while (threads > 64 && (threads + 1) * loss.classes * bytes > budget) threads /= 2;
   LinesLoss lines{loss, axis_of(sizes(teacher, 3), sizes(student, 3), sizes(teacher, 3)), {}, {}, nullptr, 0};
   lines.x = axis_of(sizes(teacher, 1), sizes(student, 1), ceil_div(sizes(teacher, 1), threads));
@@ -92,13 +91,14 @@ void launch_lines(const LinesLoss& lines, int64_t blocks, cudaStream_t stream) {
   const bool want_gradient = loss.gradient.data != nullptr;
   if constexpr (std::is_same_v<A, float>) {
     if (loss.classes <= most_register_classes)
-      return with_classes(loss.classes, [&](auto max_classes) {
-        launch<line_register_kernel<decoupled, decltype(max_classes)::value>>(
-            {blocks}, threads, line_memory_bytes(lines, threads, loss.classes, 3, sizeof(A)), stream, lines);
+      return with_classes(loss.classes, RegisterClasses(), [&](auto max_classes) {
+        constexpr int most = decltype(max_classes)::value;
+        const std::size_t shared = line_memory_bytes(lines, threads, loss.classes, line_arrays(most), line_pitch(most), sizeof(A));
+        launch<line_register_kernel<decoupled, most>>({blocks}, threads, shared, stream, lines);
       });
   }
   const std::size_t shared =
-      want_gradient ? line_memory_bytes(lines, threads, lines.chunk, 2, sizeof(A)) : scratch_bytes(threads);
+      want_gradient ? line_memory_bytes(lines, threads, lines.chunk, 2, threads + 1, sizeof(A)) : scratch_bytes(threads);
   const int64_t chunks = want_gradient ? ceil_div(loss.classes, lines.chunk) : 1;
   launch<line_sweep_kernel<decoupled, A>>({blocks, chunks}, threads, shared, stream, lines);
 }
@@ -124,9 +124,7 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
   loss.target = target ? target->data_ptr() : nullptr;
   if (target) loss.target_type = type_of(*target);
   loss.weight = weight ? weight->data_ptr() : nullptr;
-  loss.target_weight = settings.target_weight;
-  loss.nontarget_weight = settings.nontarget_weight;
-  loss.take_temperature(settings.temperature);
+  loss.set_numbers(settings.target_weight, settings.nontarget_weight, settings.temperature);
   loss.ignore_index = settings.ignore_index;
 
   const bool reduced = reduction != "none";
@@ -157,7 +155,9 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
   if (loss.images * loss.pixels > 0) {
     if (upsampled) {
       const bool in_registers = sizeof(A) == sizeof(float) && loss.classes <= most_register_classes;
-      LinesLoss lines = lines_of(loss, student, teacher, (in_registers ? 3 : 2) * sizeof(A));
+      const int arrays = in_registers ? line_arrays(loss.classes) : 2;
+      LinesLoss lines = lines_of(loss, student, teacher, in_registers ? line_threads(loss.classes) : most_line_threads,
+                                 arrays * sizeof(A));
       blocks = loss.images * lines.z.full * lines.y.tiles * lines.x.tiles;
       make_sums(blocks);
       lines.loss = loss;
@@ -174,11 +174,14 @@ PixelLossTensors run_pixel_loss(const PixelLossSettings& settings, int term_coun
         finished = true;
       }
     } else if (std::is_same_v<A, float> && loss.classes <= most_register_classes) {
-      with_classes(loss.classes, [&](auto max_classes) {
+      with_classes(loss.classes, RegisterClasses(), [&](auto max_classes) {
         constexpr int most = decltype(max_classes)::value;
-        const int64_t tiles = ceil_div(loss.pixels, direct_threads * pixels_per_thread(most));
-        make_sums(blocks = loss.images * tiles);
-        launch_registers<decoupled, most>(loss, tiles, stream);
+        DirectLoss direct = direct_loss(loss, pixels_per_thread(most));
+        const int64_t tiles = loss.images * direct.tiles;
+        direct.tiles_of_block = std::clamp<int64_t>(tiles / enough_tile_blocks, 1, most_tiles_of_block);
+        make_sums(blocks = ceil_div(tiles, direct.tiles_of_block));
+        direct.loss = loss;
+        launch_registers<decoupled, most>(direct, blocks, stream);
       });
     } else {
       // double is there to be right, not to be fast

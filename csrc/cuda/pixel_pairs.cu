@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(turn_threads) make_rows_kernel(const Normalise
     Pack<A, width> pack;
 #pragma unroll
     for (int n = 0; n < width; ++n) pack.value[n] = tile[(c + n) * stride + row];
-    if (channel + c < depth) store_pack(rows + (image * x.padded + pixel + row) * depth + channel + c, pack);
+    if (channel + c < depth) store_whole(rows + (image * x.padded + pixel + row) * depth + channel + c, pack);
   }
 }
 

@@ -34,22 +34,30 @@ MEDKD_INLINE T infinity() {
   return static_cast<T>(__builtin_huge_val());
 }
 
-MEDKD_INLINE float absolute(float x) { return x < 0 ? -x : x; }
-MEDKD_INLINE double absolute(double x) { return x < 0 ? -x : x; }
+MEDKD_INLINE float absolute(float x) { return __builtin_fabsf(x); }
+MEDKD_INLINE double absolute(double x) { return __builtin_fabs(x); }
 
-#if !MEDKD_DEVICE_CODE
+// The larger of x and `least`; `least` where x is no number.
+template <typename A>
+MEDKD_INLINE A at_least(A x, A least) {
+#if MEDKD_DEVICE_CODE
+  return fmax(x, least);
+#else
+  return x > least ? x : least;
+#endif
+}
+
 MEDKD_INLINE float float_from_bits(int32_t bits) {
   float x;
-  std::memcpy(&x, &bits, sizeof x);
+  memcpy(&x, &bits, sizeof x);
   return x;
 }
 
 MEDKD_INLINE int32_t bits_from_float(float x) {
   int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-#endif
 
 // e^x for x <= 0 (shifted logits). Values below 2^-126 are 0. Error below 1.5 ulp.
 MEDKD_INLINE float exp_nonpositive(float x) {
@@ -133,6 +141,15 @@ MEDKD_INLINE float near_reciprocal(float x) {
 }
 MEDKD_INLINE double near_reciprocal(double x) { return 1 / x; }
 
+// a / b, on the device with an error of 2 ulp.
+MEDKD_INLINE float quotient(float a, float b) {
+#if MEDKD_DEVICE_CODE
+  return a * near_reciprocal(b);
+#else
+  return a / b;
+#endif
+}
+
 MEDKD_INLINE float near_log2(float x) {
 #if MEDKD_DEVICE_CODE
   float result;
@@ -144,16 +161,25 @@ MEDKD_INLINE float near_log2(float x) {
 }
 MEDKD_INLINE double near_log2(double x) { return log2(x); }
 
-// log(1 + x) for x in [0, 1], given 1 / (1 + x).
-MEDKD_INLINE float log1p_unit(float x, float inverse) {
-#if MEDKD_DEVICE_CODE
-  return log1pf(x);
-#else
-  const float u = 1.0f + x;
-  return log_nonnegative(u) + (x - (u - 1.0f)) * inverse;  // what rounding 1 + x lost, to first order
-#endif
+// log(a / b) for normal a and b: exactly 0 where they are equal, and relatively as good where they nearly are. For 0 and
+// subnormal numbers it is any number.
+MEDKD_INLINE float log_of_quotient(float a, float b) {
+  // a = 2^k m with |log2(m / b)| <= 0.59, from the bits, which are the logarithm to within 0.09; log(m / b) = 2 atanh z
+  const int32_t k = (bits_from_float(a) - bits_from_float(b) + 0x00400000) & static_cast<int32_t>(0xff800000);
+  const float m = float_from_bits(bits_from_float(a) - k);
+  const float z = quotient(m - b, m + b), zz = z * z;
+  const float p = (3.0454018712e-1f * zz + 3.9953392744e-1f) * zz + 6.6666990519e-1f;  // minimax, 4e-9
+  return static_cast<float>(k) * 8.2629582959e-8f + z * (p * zz + 2.0f) + 0.0f * a;  // ln 2 / 2^23; the last is for NaN
 }
-MEDKD_INLINE double log1p_unit(double x, double) { return log1p(x); }
+MEDKD_INLINE double log_of_quotient(double a, double b) { return log(a / b); }
+
+// log((1 + a) / (1 + b)) for a and b in [0, 1], with the same virtues.
+MEDKD_INLINE float log_of_shares(float a, float b) {
+  const float z = quotient(a - b, 2.0f + (a + b)), zz = z * z;  // at most 1 / 3
+  const float p = ((2.8012666106e-1f * zz + 2.8001677990e-1f) * zz + 4.0021532774e-1f) * zz + 6.6666418314e-1f;  // minimax, 5e-9
+  return z * (p * zz + 2.0f);
+}
+MEDKD_INLINE double log_of_shares(double a, double b) { return log1p((a - b) / (1 + b)); }
 
 }  // namespace MEDKD_ISA
 }  // namespace medkd

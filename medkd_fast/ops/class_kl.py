@@ -9,7 +9,7 @@ import torch
 from medkd_fast.backend import choose, shapes_of
 from medkd_fast.ops import common
 from medkd_fast.ops.decoupled_kl import check_logits, pixel_weight
-from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs, holding_sums
+from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs, holding_sums, upsampled_in_registers
 from medkd_fast.reference.class_kl import class_kl as reference
 
 
@@ -60,7 +60,9 @@ def class_kl(
         target = common.labels(target, teacher)
     weight = pixel_weight(weight, student, teacher)
     settings = (float(temperature), int(ignore_index))
-    backend = choose("class_kl", student.device.type, teacher.numel())
+    backend = choose(
+        "class_kl", student.device.type, teacher.numel(), cuda_first=upsampled_in_registers(student, teacher)
+    )
     if backend == "reference":
         return common.plainly(reference, student, teacher, target, weight, *settings, reduction)
     if common.wants_gradient(student):

@@ -8,7 +8,7 @@ import torch
 
 from medkd_fast.backend import choose, shapes_of
 from medkd_fast.ops import common
-from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs, holding_sums
+from medkd_fast.ops.pixel_loss import PixelLoss, call, fake_outputs, holding_sums, upsampled_in_registers
 from medkd_fast.reference.common import arithmetic
 from medkd_fast.reference.decoupled_kl import decoupled_kl as reference
 
@@ -75,7 +75,9 @@ def decoupled_kl(
     target = common.labels(target, teacher)
     weight = pixel_weight(weight, student, teacher)
     settings = (float(target_weight), float(nontarget_weight), float(temperature), int(ignore_index))
-    backend = choose("decoupled_kl", student.device.type, teacher.numel())
+    backend = choose(
+        "decoupled_kl", student.device.type, teacher.numel(), cuda_first=upsampled_in_registers(student, teacher)
+    )
     if backend != "cpp":  # its loops check as they go
         common.check_labels(target, teacher.shape[1], ignore_index)
     if backend == "reference":

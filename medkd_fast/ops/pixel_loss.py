@@ -37,6 +37,12 @@ def holding_sums(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return student.float() if student.dtype == torch.float16 and student.shape != teacher.shape else student
 
 
+def upsampled_in_registers(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Whether CUDA C++ upsamples the student and holds its classes in registers: by what its machine code says twice as fast as
+    Triton, whatever the size (bench/README.md)."""
+    return student.shape[2:] != teacher.shape[2:] and teacher.shape[1] <= 32
+
+
 class PixelLoss(torch.autograd.Function):
     """operator(student, teacher, target, weight, *settings, reduction, need_gradient) -> terms, the first is the loss."""
 
