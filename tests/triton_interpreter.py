@@ -1,7 +1,8 @@
 """Triton's interpreter, mended where it is not what a GPU does: bfloat16, which it keeps as 16-bit integers.
 
-It truncates what is stored to bfloat16, and in tl.dot multiplies the bits as integers. And a call of one kernel function by
-another patches triton.language again each time, a third of its time, where once a launch is enough.
+It truncates what is stored to bfloat16, and in tl.dot multiplies the bits as integers. A comparison of two scalars becomes
+integers when it is broadcast, and triton 3.9 takes no such mask. And a call of one kernel function by another patches
+triton.language again each time, a third of its time, where once a launch is enough.
 """
 
 from __future__ import annotations
@@ -36,11 +37,16 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _splat(self: Any, block: Any, x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    return interpreter.TensorHandle(np.full(block.shape, x.data, dtype=x.data.dtype), x.dtype.scalar)
+
+
 def mend() -> None:
     builder = interpreter.InterpreterBuilder
     builder.cast_impl = _cast
     builder.create_fp_to_fp = lambda self, x, to, rounding_mode: _cast(self, x, to)
     builder.create_dot = _dot
+    builder.create_splat = _splat
     patch_language, modules = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     interpreter._patch_lang = lambda kernel: patch_language(modules)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
