@@ -20,6 +20,15 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
+
+# without isolation nothing else looks at what pyproject.toml wants
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(
+        f"medkd_fast: setuptools 77 or newer is needed to build, and {setuptools.__version__} is in this environment:\n"
+        '    pip install --upgrade "setuptools>=77"'
+    )
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -32,7 +41,7 @@ try:
 except ImportError:
     sys.exit(
         "medkd_fast: torch is needed to build and is not in this environment. Install it first and build without "
-        'isolation:\n    pip install torch\n    pip install --no-build-isolation "."'
+        'isolation:\n    pip install torch "setuptools>=77"\n    pip install --no-build-isolation "."'
     )
 
 INCLUDES = ["-isystem", str(Path(torch.__file__).parent / "include")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -211,6 +213,19 @@ def test_without_a_compiler_the_package_installs_and_says_so(tmp_path: Path) -> 
     report = json.loads(zipfile.ZipFile(wheel).read("medkd_fast/_build.json"))
     assert report["cpu"].startswith("not built: no C++ compiler found (looked for $CXX, c++, g++, clang++)")
     assert report["cuda"] == "not built: no nvcc found (looked in $CUDA_HOME/bin and $PATH)"
+
+
+def test_a_setuptools_that_is_too_old_is_named(tmp_path: Path) -> None:
+    (tmp_path / "setuptools.py").write_text('__version__ = "76.1.0"')
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "setup.py"), "--version"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "setuptools 77 or newer is needed to build, and 76.1.0 is in this environment" in done.stderr
 
 
 def test_pure_python_wheel(tmp_path: Path) -> None:
