@@ -34,7 +34,9 @@ def doctor_lines() -> list[str]:
     """The report, line by line."""
     lines = [
         f"python       {platform.python_version()} on {platform.platform()}",
-        *(f"{name:12} {_version(name)}" for name in ("medkd_fast", "torch", "triton", "numpy")),
+        f"medkd_fast   {_version('medkd_fast')}",
+        f"torch        {torch.__version__}",  # which says for what it was built, where its distribution may not
+        *(f"{name:12} {_version(name)}" for name in ("triton", "numpy")),
         f"cpu          {os.cpu_count()} cores, {torch.get_num_threads()} threads, {backend.instruction_set()} instructions",
         f"gpu          {_gpu()}",
         f"[train]      {_extra()}",
