@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from medkd_fast.layers import Caught, attach, find_layers, unwrapped
 from medkd_fast.losses.calls import Call, call_of
 from medkd_fast.losses.catalogue import LOSSES, build
-from medkd_fast.losses.common import AdaptedLoss
+from medkd_fast.losses.common import AdaptedLoss, weighted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -193,16 +193,16 @@ class Distiller(nn.Module):
             if target is not None and not isinstance(target, torch.Tensor):
                 target = max(target, key=lambda x: math.prod(x.shape[1:]))
             trains = torch.is_grad_enabled() and self._trains()
-            weighted = []
+            values = []
             self._values = {}
             for i, term in enumerate(self.terms):
                 results = [self._compare(i, which, target, trains) for which in range(len(self.teachers))]
                 value = results[0] if len(results) == 1 else torch.stack(results).mean()
                 self._values[self.names[i]] = value.detach()
-                weighted.append(value * self._weight(term))
+                values.append(weighted(value, self._weight(term)))
         finally:  # an error leaves nothing that the next step could take for its own
             self._clear()
-        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
 
     def log(self, parts: bool = False) -> dict[str, torch.Tensor]:
         """The terms of the last loss by name, detached and before their weights; with `parts`, also those of each, "name/part"."""

@@ -671,6 +671,20 @@ def test_the_loss_part_compiles_whole(cpp: str) -> None:
     assert_same(gradients(kd), gradients(plain), 1e-9)
 
 
+def test_one_term_of_weight_1_has_its_gradient_when_compiled(cpp: str) -> None:
+    """By Inductor: aot_eager takes no products with 1 out."""
+    torch._dynamo.reset()
+    teacher, student = pair()
+    images, labels = batch()
+    kd = Distiller(teacher, student, [Term("kd")], example=images)
+    plain = copy.deepcopy(kd)
+    kd(images)
+    torch.compile(kd.loss, fullgraph=True)(labels).backward()
+    plain(images)
+    plain.loss(labels).backward()
+    assert_same(gradients(kd), gradients(plain), 1e-5)
+
+
 def test_a_weight_rises_in_a_step_compiled_whole(cpp: str) -> None:
     torch._dynamo.reset()
     teacher, student = pair(student_width=4)

@@ -230,6 +230,7 @@ def test_losses_compile(cpp: str) -> None:
         (DKDLoss(), {}),
         (KDLoss(), {}),
         (CPKDLoss(pool=2), {}),
+        (CPKDLoss(pixel_weight=0), {}),  # one part of weight 1, which is no product
         (dmd, {"features": [student[..., ::2]]}),
     ):
         want, want_gradient = value_and_gradient(

@@ -165,11 +165,20 @@ def check_layers(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
         )
 
 
+def weighted(part: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """weight · part, in memory of its own.
+
+    No product with 1: where the part is also kept, detached, code compiled by torch 2.15 gives that in the product's place, and
+    the loss is without a gradient.
+    """
+    return part.clone() if not isinstance(weight, torch.Tensor) and weight == 1 else part * weight
+
+
 def weighted_sum(student: torch.Tensor, terms: dict[str, tuple[float, torch.Tensor]]) -> torch.Tensor:
     """Σ weight · part in the type of the arithmetic; 0 without any."""
     loss = None
     for weight, part in terms.values():
-        loss = part * weight if loss is None else torch.add(loss, part, alpha=weight)
+        loss = weighted(part, weight) if loss is None else torch.add(loss, part, alpha=weight)
     return loss if loss is not None else wide(student.new_zeros(()))
 
 
