@@ -162,8 +162,10 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def plainly(function: Callable[..., Result], student: torch.Tensor, *args: Any, **settings: Any) -> Result:
     """Calls a reference outside autocast, which would take its matrix products to half precision."""
-    there = torch.amp.autocast_mode.is_autocast_available(student.device.type)
-    with torch.autocast(student.device.type, enabled=False) if there else nullcontext():
+    device = student.device.type
+    # Dynamo of torch 2.10 does not trace the question
+    there = device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if there else nullcontext():
         return function(student, *(savable(x) for x in args), **settings)
 
 
