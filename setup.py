@@ -163,7 +163,7 @@ def build_cpu(target: Path, directory: Path) -> str:
     command = [*compiler().split(), *FLAGS]
     objects = compile_objects([(source, [*command, *flags]) for source, flags in cpu_jobs()], directory)
     link = [*compiler().split(), *SANITIZE, "-shared", "-o", str(target), *map(str, objects)]
-    link += [f"-L{TORCH_LIBRARIES}", f"-Wl,--no-as-needed,--version-script={EXPORTS}", "-ltorch", "-ltorch_cpu"]
+    link += [f"-L{TORCH_LIBRARIES}", f"-Wl,--no-as-needed,--version-script={EXPORTS}", "-ltorch", "-ltorch_cpu", "-ldl"]
     run(link)
     return f"built with {run([*compiler().split(), '--version']).splitlines()[0]} against torch {torch.__version__}"
 

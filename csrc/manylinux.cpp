@@ -6,23 +6,25 @@
 
 #if defined(__GLIBC__)
 
-// These have had a second version since glibc 2.29. It differs in errno alone; the first one is in every glibc.
+// These have had a second version since glibc 2.29, which differs in errno alone, and dlsym, which torch's headers call since 2.14,
+// since 2.34, when it moved from libdl into libc. The first one is in every glibc.
 #if defined(__x86_64__)
 #define MEDKD_FIRST_GLIBC "GLIBC_2.2.5"
 #elif defined(__aarch64__)
 #define MEDKD_FIRST_GLIBC "GLIBC_2.17"
 #endif
 #if defined(MEDKD_FIRST_GLIBC)
-#define MEDKD_FIRST(name, parameters, arguments)                     \
+#define MEDKD_FIRST(type, name, parameters, arguments)               \
   __asm__(".symver first_" #name ", " #name "@" MEDKD_FIRST_GLIBC); \
-  extern "C" double first_##name parameters;                        \
-  extern "C" double any_##name parameters __asm__(#name);           \
-  extern "C" double any_##name parameters { return first_##name arguments; }
-MEDKD_FIRST(exp, (double x), (x))
-MEDKD_FIRST(exp2, (double x), (x))
-MEDKD_FIRST(log, (double x), (x))
-MEDKD_FIRST(log2, (double x), (x))
-MEDKD_FIRST(pow, (double x, double y), (x, y))
+  extern "C" type first_##name parameters;                          \
+  extern "C" type any_##name parameters __asm__(#name);             \
+  extern "C" type any_##name parameters { return first_##name arguments; }
+MEDKD_FIRST(double, exp, (double x), (x))
+MEDKD_FIRST(double, exp2, (double x), (x))
+MEDKD_FIRST(double, log, (double x), (x))
+MEDKD_FIRST(double, log2, (double x), (x))
+MEDKD_FIRST(double, pow, (double x, double y), (x, y))
+MEDKD_FIRST(void*, dlsym, (void* library, const char* name), (library, name))
 #endif
 
 // GCC 11 and later asks glibc 2.32 whether there is but one thread, which then counts references without atomics: say no.

@@ -1,6 +1,6 @@
 // What NVIDIA's static runtime, which the CUDA library holds, asks of the C library. glibc 2.34 moved threads, semaphores and dlopen
 // into libc and gave them a second version; linked on such a machine, the runtime would ask for that. Here each name jumps
-// to the first version, which is in every glibc since, wherever it lies. See manylinux.cpp.
+// to the first version, which is in every glibc since, wherever it lies. See manylinux.cpp, which has dlsym.
 #if defined(__GLIBC__) || __has_include(<features.h>)
 #include <features.h>
 #endif
@@ -13,7 +13,7 @@
           #name ":\n  jmp *first_" #name "@GOTPCREL(%rip)\n");
 #define OLD(name) FIRST(name, "GLIBC_2.2.5")
 
-  OLD(dlclose) OLD(dlerror) OLD(dlopen) OLD(dlsym) OLD(dlvsym) OLD(pthread_condattr_setpshared) OLD(pthread_create)
+  OLD(dlclose) OLD(dlerror) OLD(dlopen) OLD(dlvsym) OLD(pthread_condattr_setpshared) OLD(pthread_create)
   OLD(pthread_detach) OLD(pthread_getspecific) OLD(pthread_join) OLD(pthread_key_create) OLD(pthread_key_delete)
   OLD(pthread_kill) OLD(pthread_mutex_trylock) OLD(pthread_mutexattr_destroy) OLD(pthread_mutexattr_init)
   OLD(pthread_mutexattr_setpshared) OLD(pthread_mutexattr_settype) OLD(pthread_once) OLD(pthread_rwlock_destroy)

@@ -168,8 +168,8 @@ def check_layers(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
 def weighted(part: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """weight · part, in memory of its own.
 
-    No product with 1: where the part is also kept, detached, code compiled by torch 2.15 gives that in the product's place, and
-    the loss is without a gradient.
+    No product with 1: where the part is also kept, detached, code compiled by torch 2.14 or 2.15 gives that in the product's
+    place, and the loss is without a gradient.
     """
     return part.clone() if not isinstance(weight, torch.Tensor) and weight == 1 else part * weight
 
