@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from medkd_fast.training.data.prepare import prepare
 from medkd_fast.training.distillation import LossTerm, parse_loss
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import PROTOCOLS, Evaluation
-from medkd_fast.training.files import read_json, sha256, write_atomically, write_csv, write_json, writing
+from medkd_fast.training.files import read_json, sha256, slug, write_atomically, write_csv, write_json, writing
 from medkd_fast.training.finish import cases_of, finish_run, notes_of, overlay_rows, score
 from medkd_fast.training.inference import predict_logits
 from medkd_fast.training.metrics import MEASURES
@@ -164,7 +163,7 @@ def _cells(
         found.append(Cell(BASELINE, seed, replace(base, seed=seed), out / BASELINE / f"seed-{seed}"))
         for name, term in methods.items():
             config = replace(base, seed=seed, teacher=str(teacher), losses=(term,))
-            folder = out / re.sub(r"[^\w.=-]+", "-", name) / f"seed-{seed}"
+            folder = out / slug(name) / f"seed-{seed}"
             found.append(Cell(f"{BASELINE} + {name.upper() if name in LOSSES else name}", seed, config, folder))
     return found
 

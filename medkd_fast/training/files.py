@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerows(rows)
 
     write_atomically(path, write)
+
+
+def slug(text: str) -> str:
+    """A text as a part of a file's name, which everything else than letters, digits and "_.=-" is not.
+
+    >>> slug("Abdomen/CT: all parts"), slug("cpkd:0.5,temperature=2")
+    ('Abdomen-CT-all-parts', 'cpkd-0.5-temperature=2')
+    """
+    return re.sub(r"[^\w.=-]+", "-", text)
 
 
 def sha256(path: Path) -> str:

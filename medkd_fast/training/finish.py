@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from medkd_fast.training.data.dataset import IGNORE, Dataset, open_dataset
 from medkd_fast.training.data.prepare import Volume, prepare
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import Evaluation, evaluate
-from medkd_fast.training.files import check_writable, writing
+from medkd_fast.training.files import check_writable, slug, writing
 from medkd_fast.training.networks import multiply_accumulates, parameter_count
 from medkd_fast.training.pictures import Row, curves_figure, overlay_figure, save_png
 from medkd_fast.training.runs import Trained, check_data, load_run
@@ -56,8 +55,7 @@ def evaluate_run(
         if own and side == "test" and protocol == "mm":
             finish_run(folder, trained, evaluation, {trained.name: seen}, volumes, dataset)
         else:
-            name = re.sub(r"[^\w.-]+", "-", dataset.name)  # dataset.json may say anything, "Abdomen/CT" too
-            words = [w for w in ("" if own else name, side, "" if protocol == "mm" else protocol) if w]
+            words = [w for w in ("" if own else slug(dataset.name), side, "" if protocol == "mm" else protocol) if w]
             evaluation.write(folder, "-".join(["scores", *words]), **about(trained, dataset, side))
     return evaluation
 
