@@ -72,7 +72,7 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
     """Export a run's network and check the file on a real volume: the first test case of the run's data set, else its first case.
 
     out: the file; without it RUN/student.onnx or .pt2 (of a checkpoint: beside it). data: another data set for the check. Beside
-    the file goes one of the same name that ends in .json: what the input must be prepared like, and what the classes are.
+    the file goes FILE.json: what the input must be prepared like, and what the classes are.
 
     A file that does not compute what the network does for other sizes is written again for the patch alone.
 
@@ -120,8 +120,9 @@ def export_run(run: Path, *, format: str, out: Path | None = None, data: str | N
         "checked_on": case,
         "differences": differences,
     }
-    with writing(file.with_suffix(".json")):
-        write_json(file.with_suffix(".json"), about)
+    beside = file.with_name(f"{file.name}.json")
+    with writing(beside):
+        write_json(beside, about)
     return Exported(file, trained.patch, multiples, case, differences)
 
 

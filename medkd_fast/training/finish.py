@@ -15,7 +15,7 @@ from medkd_fast.training.data.dataset import IGNORE, Dataset, open_dataset
 from medkd_fast.training.data.prepare import Volume, prepare
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import Evaluation, evaluate
-from medkd_fast.training.files import check_writable, slug, writing
+from medkd_fast.training.files import check_writable, read_json, slug, writing
 from medkd_fast.training.networks import multiply_accumulates, parameter_count
 from medkd_fast.training.pictures import Row, curves_figure, overlay_figure, save_png
 from medkd_fast.training.runs import Trained, check_data, load_run
@@ -43,21 +43,37 @@ def evaluate_run(
     dataset = dataset_of(trained, data, layout)
     names = cases_of(trained, dataset, side)
     folder = out or (run if run.is_dir() else None)
-    if folder:
-        check_writable(folder)  # before the work
+    words = [side, *([protocol] if protocol != "mm" else [])]
+    if folder:  # before the work
+        check_writable(folder)
+        own = _is_own(trained, dataset)
+        name, stem = (dataset.name, "-".join(["scores", *words])) if own else _free_name(dataset, folder, words)
     evaluation, seen, volumes = score(trained, dataset, names, protocol=protocol)
     print_scores({trained.name: entry_of(trained, evaluation)}, caveats([evaluation], notes_of(dataset, trained)))
     if not folder:
         print(f"{run} is a checkpoint: no scores are written; name a folder with --out")
         return evaluation
-    own = _is_own(trained, dataset)
     with writing(folder):
-        if own and side == "test" and protocol == "mm":
+        if own and words == ["test"]:
             finish_run(folder, trained, evaluation, {trained.name: seen}, volumes, dataset)
         else:
-            words = [w for w in ("" if own else slug(dataset.name), side, "" if protocol == "mm" else protocol) if w]
-            evaluation.write(folder, "-".join(["scores", *words]), **about(trained, dataset, side))
+            evaluation.write(folder, stem, **{**about(trained, dataset, side), "data": name})
     return evaluation
+
+
+def _free_name(dataset: Dataset, folder: Path, words: Sequence[str]) -> tuple[str, str]:
+    """What a data set is called in `folder`, and its scores: where other data have the name, parts of its path tell it apart.
+
+    Raises WrongUse where they do not.
+    """
+    path = dataset.root.resolve()
+    parts = [*path.parent.parts[1:], path.stem if path.suffix.lower() == ".csv" else path.name]
+    for name in (dataset.name, *("/".join(parts[-n:]) for n in range(1, len(parts) + 1))):
+        stem = "-".join(["scores", slug(name), *words])
+        file = folder / f"{stem}.json"
+        if not file.exists() or read_json(file).get("path") == str(path):
+            return name, stem
+    raise WrongUse(f"{file} holds the scores of other data: choose another --out")
 
 
 def score(
@@ -124,6 +140,7 @@ def about(trained: Trained, dataset: Dataset, side: str) -> dict[str, Any]:
     """What stands in scores.json beside the scores."""
     return {
         "data": dataset.name,
+        "path": str(dataset.root.resolve()),
         "split": side,
         "parameters": parameter_count(trained.network),
         "macs": macs_of(trained),

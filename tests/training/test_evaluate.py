@@ -247,6 +247,20 @@ def test_other_data_with_the_same_names_are_not_the_runs_own(teacher, small_csv,
     assert (run / "scores.json").exists()
 
 
+def test_scores_of_two_data_sets_of_one_name_stand_beside_each_other(teacher, small_csv, tmp_path):
+    run = Path(shutil.copytree(teacher, tmp_path / "run"))
+    for folder in ("a", "b"):
+        other = Path(shutil.copytree(Path(small_csv).parent, tmp_path / folder))
+        shutil.copy(other / f"image{'ab'.index(folder)}.nii.gz", other / "image2.nii.gz")
+    for folder in ("a", "b", "a", "b"):  # the same data again replace their own scores
+        assert main(["evaluate", str(run), str(tmp_path / folder / "small.csv")]) == 0
+    found = {p.name: json.loads(p.read_text()) for p in run.glob("scores*.json")}
+    assert {name: (of["data"], of["path"]) for name, of in found.items()} == {
+        "scores-small-test.json": ("small", str(tmp_path / "a" / "small.csv")),
+        "scores-b-small-test.json": ("b/small", str(tmp_path / "b" / "small.csv")),
+    }
+
+
 def test_other_data_must_have_the_same_classes_and_channels(teacher, dataset):
     trained = load_run(teacher)
     assert cases_of(trained, dataset, "test") == ("case4", "case5")

@@ -36,9 +36,10 @@ def test_the_command(run, format, name, capsys):
     assert (
         "any batch; sizes that are multiples of 32 x 32" in said and "on case4, other windows: logits at most" in said
     )
-    about = json.loads((run / "student.json").read_text())
+    about = json.loads((run / f"{name}.json").read_text())
     assert about["classes"]["3"] == "liver" and about["sizes_are_multiples_of"] == [32, 32]
     assert about["preprocessing"]["intensity"] == ["none"] and about["checked_on"] == "case4"
+    assert not (run / "student.json").exists()  # which the other format would write too
     network, exported = load_run(run).network, load_exported(run / name)
     for shape in ((1, 1, 32, 32), (3, 1, 64, 96)):
         image = torch.rand(shape)
@@ -82,7 +83,7 @@ def test_a_network_whose_padding_depends_on_the_size_is_written_for_its_patch(pa
     said = capfd.readouterr()
     assert "any batch; sizes of 24 x 32\n" in said.out and "other windows" not in said.out
     assert "ExecuteKernel" not in said.err  # onnxruntime's remarks on the sizes that failed
-    about = json.loads((padding / "student.json").read_text())
+    about = json.loads((padding / f"{name}.json").read_text())
     assert about["sizes_are_multiples_of"] is None and about["input"][1] == ["batch", 1, 24, 32]
     image = torch.rand(3, 1, 24, 32)
     with torch.no_grad():
