@@ -57,7 +57,8 @@ def evaluate_run(
         if own and words == ["test"]:
             finish_run(folder, trained, evaluation, {trained.name: seen}, volumes, dataset)
         else:
-            evaluation.write(folder, stem, **{**about(trained, dataset, side), "data": name})
+            where = {"data": name, "path": str(dataset.root.resolve())}
+            evaluation.write(folder, stem, **(about(trained, dataset, side) | where))
     return evaluation
 
 
@@ -140,7 +141,6 @@ def about(trained: Trained, dataset: Dataset, side: str) -> dict[str, Any]:
     """What stands in scores.json beside the scores."""
     return {
         "data": dataset.name,
-        "path": str(dataset.root.resolve()),
         "split": side,
         "parameters": parameter_count(trained.network),
         "macs": macs_of(trained),
