@@ -607,7 +607,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _tell(text: str) -> None:
-    warnings.warn(text, OtherSplit, stacklevel=3)
+    if rank_zero_only.rank == 0:  # the other processes have found the same
+        warnings.warn(text, OtherSplit, stacklevel=3)
 
 
 def _check_cacheable(config: RunConfig) -> None:

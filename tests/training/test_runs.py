@@ -435,6 +435,14 @@ def test_fractions_that_were_asked_for_win_over_the_teachers_split(taught):
     assert len(run.split.test) == 3 and run.config.fractions == (0.2, 0.2, 0.6)
 
 
+def test_of_several_processes_the_first_alone_tells_of_another_split(taught, monkeypatch):
+    config, _ = taught
+    monkeypatch.setattr(runs.rank_zero_only, "rank", 1, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", runs.OtherSplit)
+        assert len(plan_run(config.resolved(fractions=(0.2, 0.2, 0.6))).split.test) == 3
+
+
 def test_folders_that_cannot_be_used(tmp_path, config, teacher):
     out = tmp_path / "run"
     shutil.copytree(teacher, out)
