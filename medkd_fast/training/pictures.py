@@ -9,17 +9,20 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from medkd_fast.training.data.layouts.common import MOST_CLASSES
 from medkd_fast.training.files import write_atomically
 
-# Okabe and Ito's palette, told apart by colour-blind readers too, with grey and violet; then matplotlib's for many classes
-COLOURS = np.array(
+# Okabe and Ito's palette, told apart by colour-blind readers too, with grey and violet
+FIRST_COLOURS = np.array(
     [
         [230, 159, 0],
         [86, 180, 233],
@@ -29,7 +32,6 @@ COLOURS = np.array(
         [240, 228, 66],
         [204, 121, 167],
         [100, 60, 200],
-        *(np.array(matplotlib.colormaps["tab20"].colors) * 255),
     ]
 )
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3dc8", "#8c8c8c")
@@ -85,7 +87,8 @@ def curves_figure(runs: Mapping[str, Path]) -> Figure:
             left.plot(steps[4:-4], np.convolve(losses, np.ones(9) / 9, mode="valid"), **look)
         else:
             left.plot(steps, losses, **look)
-        right.plot(*read_curve(folder, "val_dice"), marker=".", **look)
+        steps, dice = read_curve(folder, "val_dice")
+        right.plot(steps, dice, marker="." if len(dice) < 100 else None, **look)
     left.set(xlabel="step", ylabel="Dice + cross-entropy (training)", yscale="log")
     right.set(xlabel="step", ylabel="mean Dice (validation)", ylim=(0, 1))
     for axis in (left, right):
@@ -186,6 +189,40 @@ def read_curve(folder: Path, column: str) -> tuple[Sequence[int], Sequence[float
     return steps, [values[s] for s in steps]
 
 
+def oklab(colours: npt.ArrayLike) -> np.ndarray:
+    """Colours [..., 3] in 0..255 (sRGB) in the space where distances are those that are seen: lightness and two axes of hue.
+
+    Source: Ottosson 2020, OKLab.
+
+    >>> oklab([[255, 255, 255], [255, 0, 0]]).round(3) + 0.0
+    array([[1.   , 0.   , 0.   ],
+           [0.628, 0.225, 0.126]])
+    """
+    rgb = np.asarray(colours) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    cones = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566]]
+    cones += [[0.0883024619, 0.2817188376, 0.6299787005]]
+    axes = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099]]
+    axes += [[0.0259040371, 0.7827717662, -0.8086757660]]
+    return np.cbrt(linear @ np.transpose(cones)) @ np.transpose(axes)
+
+
+@lru_cache
+def class_colours() -> np.ndarray:
+    """[MOST_CLASSES, 3] in 0..255, no two alike: the first eight, then always the one that is farthest from all before it."""
+    steps = np.linspace(0, 255, 18).round()
+    others = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    lightness, *hue = oklab(others).T
+    others = others[(lightness > 0.3) & (np.hypot(*hue) > 0.06)]  # neither dark nor grey, as the image below is
+    seen, found = oklab(others), list(FIRST_COLOURS)
+    room = np.min([np.linalg.norm(seen - colour, axis=1) for colour in oklab(found)], axis=0)
+    while len(found) < MOST_CLASSES:
+        farthest = int(room.argmax())
+        found.append(others[farthest])
+        room = np.minimum(room, np.linalg.norm(seen - seen[farthest], axis=1))
+    return np.array(found)
+
+
 def _grey(image: np.ndarray) -> np.ndarray:
     """[H, W] in 0..255, from its 0.5 to its 99.5 percentile."""
     low, high = np.percentile(image, (0.5, 99.5))
@@ -199,4 +236,4 @@ def _blend(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _colour(c: int | np.ndarray) -> np.ndarray:
-    return COLOURS[(np.asarray(c) - 1) % len(COLOURS)]
+    return class_colours()[np.asarray(c) - 1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from medkd_fast.training.pictures import Row, classes_figure, curves_figure, overlay_figure
+from medkd_fast.training.pictures import Row, class_colours, classes_figure, curves_figure, oklab, overlay_figure
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,20 @@ def test_titles_and_legend_of_an_overlay_are_whole(shape, rows, networks, classe
     legend = figure.legends[0].get_window_extent(renderer)
     assert min(p.y0 for p in pictures) > legend.y1
     assert max(max(p.width, p.height) for p in pictures) > 200  # 2 of the 2.4 inches that each has
+
+
+def test_no_two_classes_of_a_picture_have_one_colour():
+    """However many; seen, the nearest two of 254 are as far apart as matplotlib's tab20 and the first eight were among them."""
+    seen = oklab(class_colours())
+    assert len(seen) == 254
+    apart = np.linalg.norm(seen[:, None] - seen, axis=-1)[~np.eye(254, dtype=bool)]
+    assert apart.min() > 0.05
+    masks = {"label": np.arange(1, 255).reshape(2, 127)}
+    figure = overlay_figure([Row("a", np.zeros((2, 127)), masks)], {c: f"class {c}" for c in range(1, 255)})
+    picture = figure.axes[1].images[0].get_array()
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) == 254
+    legend = [tuple(patch.get_facecolor()) for patch in figure.legends[0].get_patches()]
+    assert len(set(legend)) == 254
 
 
 def test_curves_of_many_runs_can_be_told_apart(tmp_path):
