@@ -21,18 +21,37 @@ from markupsafe import Markup
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import PROTOCOLS, Evaluation
 from medkd_fast.training.files import read_json, write_atomically, writing
+from medkd_fast.training.metrics import Scores, mean_without_nan
 from medkd_fast.training.pictures import classes_figure, curves_figure, read_curve, svg_text
 
 SCORES = "scores*.json"
+MOST_ROWS = 1000  # of a table of every case
+MOST_POINTS = 5000  # cases in the picture of the classes
+MOST_BYTES = 20_000_000  # of all pictures of slices
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One scores*.json of a run: where its scores come from, and the scores."""
+    """One scores*.json of a run: where its scores come from, and the scores. cases: the file that has all of them."""
 
     title: str
     evaluation: Evaluation
     about: Mapping[str, Any]
+    cases: Path
+
+    @property
+    def count(self) -> int:
+        """Rows that the table of every case would have."""
+        return sum(len(of) for of in self.evaluation.cases.values())
+
+    @property
+    def rows(self) -> list[tuple[str, str, Scores]]:
+        """(case, class, scores) of every case; where there are more than MOST_ROWS, those with the lowest Dice."""
+        e = self.evaluation
+        rows = [(case, e.classes[c], s) for case, of in e.cases.items() for c, s in of.items()]
+        if len(rows) <= MOST_ROWS:
+            return rows
+        return sorted((r for r in rows if not math.isnan(r[2].dice)), key=lambda r: r[2].dice)[:MOST_ROWS]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
@@ -44,14 +63,16 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     names = _names(folders)
     runs = {name: folder for name, folder in names.items() if folder not in compared}
     scored = {name: _scores(folder) for name, folder in runs.items()}
+    points = sum(of[0].count for of in scored.values()) <= MOST_POINTS
     page = _template().render(
         title=", ".join(runs) if len(runs) == 1 else "Runs side by side" if runs else "Comparison",
         overview=[_overview(name, folder, scored[name][0]) for name, folder in runs.items()],
         protocols=PROTOCOLS,
         scored=scored,
         curves=_curves(runs),
-        classes=_classes({name: of[0].evaluation for name, of in scored.items()}),
-        overlays={name: png(folder / "overlay.png") for name, folder in runs.items()},
+        classes=_classes({name: of[0].evaluation for name, of in scored.items()}, points=points),
+        points=points,
+        overlays=_overlays(runs),
         texts={name: _texts(folder) for name, folder in runs.items()},
         compared=[_comparison(name, folder) for name, folder in names.items() if folder in compared],
         notes=list(dict.fromkeys(note for of in scored.values() for s in of for note in s.about.get("notes", []))),
@@ -110,7 +131,8 @@ def _scores(folder: Path) -> list[Scored]:
     for file in files:
         record = read_json(file)
         where = ", ".join(str(record[k]) for k in ("data", "split") if k in record)
-        found.append(Scored(where or file.stem, Evaluation.from_record(record), record))
+        cases = file.with_name(f"{file.stem}-cases.csv")
+        found.append(Scored(where or file.stem, Evaluation.from_record(record), record, cases))
     return found
 
 
@@ -134,8 +156,8 @@ def _curves(runs: Mapping[str, Path]) -> Markup | None:
     return Markup(svg_text(curves_figure(runs), name="curves"))
 
 
-def _classes(evaluations: Mapping[str, Evaluation]) -> Markup | None:
-    """Dice class by class, a mark a run and a point a case, where all runs have the same classes."""
+def _classes(evaluations: Mapping[str, Evaluation], *, points: bool) -> Markup | None:
+    """Dice class by class, a mark a run and, with `points`, a point a case, where all runs have the same classes."""
     names = {tuple(e.classes.values()) for e in evaluations.values()}
     if len(names) != 1:
         return None
@@ -143,8 +165,22 @@ def _classes(evaluations: Mapping[str, Evaluation]) -> Markup | None:
     for run, e in evaluations.items():
         for c, name in e.classes.items():
             dice = (case[c] for case in e.cases.values())
-            values[run][name] = [s.dice for s in dice if s.outcome in ("valid", "missed")]
-    return Markup(svg_text(classes_figure(values, "Dice; a point a case"), name="classes"))
+            known = [s.dice for s in dice if s.outcome in ("valid", "missed")]
+            values[run][name] = known if points else [mean_without_nan(known)]
+    label = "Dice; a point a case" if points else "Dice"
+    return Markup(svg_text(classes_figure(values, label), name="classes"))
+
+
+def _overlays(runs: Mapping[str, Path]) -> dict[str, tuple[Path, str | None]]:
+    """Every run's picture of slices, where it has one: its file, and what the page shows of it; None where it has no room for it."""
+    room, found = MOST_BYTES, {}
+    for name, folder in runs.items():
+        file = folder / "overlay.png"
+        if file.is_file():
+            size = file.stat().st_size
+            found[name] = file, png(file) if size <= room else None
+            room -= min(size, room)
+    return found
 
 
 def _texts(folder: Path) -> dict[str, str]:

@@ -17,7 +17,9 @@ import pytest
 
 from medkd_fast.cli import main
 from medkd_fast.training.compare import compare, parse_methods
+from medkd_fast.training.evaluate import Evaluation
 from medkd_fast.training.files import read_json, write_json
+from medkd_fast.training.metrics import Scores
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WHY_NOT = f"no browser: none of {', '.join(BROWSERS)} is on PATH, and MEDKD_FAST_CHROMIUM names none"
@@ -67,6 +69,27 @@ def test_the_page_holds_everything(page):
     steps = read_json(page.parent / "a" / "teacher" / "finished.json")["steps"]
     assert steps == 6 and text.count(f"<td>{steps}</td></tr>\n") == 2  # the losses of every fifth are in the logs
     assert "<td>3</td>" in text and '<td>15.0 <span class="spread">± 7.1</span> (n = 2)</td>' in text
+
+
+def test_a_page_of_many_cases_is_bounded_and_says_what_is_left_out(teacher, tmp_path):
+    """Here 40 classes, 100 cases and pictures of 9 MB in each of three runs."""
+    classes = {c: f"class {c}" for c in range(1, 41)}
+    worst = {"case 42": {c: Scores(0.001 * c, 1.0, 1.0, "valid") for c in classes}}
+    others = {f"case {i}": {c: Scores(0.5, 1.0, 1.0, "valid") for c in classes} for i in range(1, 100) if i != 42}
+    for name in ("a", "b", "c"):
+        shutil.copytree(teacher, tmp_path / name)
+        Evaluation(classes, others | worst).write(tmp_path / name, data="large", split="test")
+        (tmp_path / name / "overlay.png").write_bytes(os.urandom(9_000_000))
+    assert main(["report", *(str(tmp_path / n) for n in "abc"), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(text) < 30_000_000
+    for name in ("a", "b", "c"):
+        rows = f"The 1000 lowest Dice of 3960 cases and classes; all are in {tmp_path / name / 'scores-cases.csv'}"
+        assert text.count(f"<summary>{rows}</summary>") == 1
+    assert text.count("<td>0.040</td>") == 3 and text.count('<tr><th scope="row">case 42</th>') == 3 * 40
+    assert "points of single cases are left out" in text and "a point one case" not in text
+    left_out = f"The picture of slices is left out, because the page has many: it is {tmp_path / 'c' / 'overlay.png'}."
+    assert text.count("<img src=") == 2 and text.count("left out, because the page") == 1 and left_out in text
 
 
 def test_wrong_use(teacher, tmp_path, capsys):
