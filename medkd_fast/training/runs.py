@@ -62,6 +62,7 @@ from medkd_fast.training.progress import progress_callback
 from medkd_fast.training.teacher_cache import record_teacher
 
 LARGEST_PATCH = {2: 256, 3: 96}  # along an axis, where nobody asked for another
+NO_SHARED_MEMORY = ("shared memory(shm)", "out of shared memory", "signal: Bus error")  # in torch's words for workers
 PATCH_MULTIPLE = 16  # what U-Nets of five levels take
 # what may differ when a run goes on: data and teacher count by their contents, the others do not change what is computed
 _MAY_DIFFER = {"data", "teacher", "workers", "strategy", "accelerator", "compile"}
@@ -238,6 +239,13 @@ def _fit(config: RunConfig, folder: RunFolder, *, resume: bool, first: bool) -> 
             raise WrongUse(
                 f"{folder.path} cannot be written ({error.strerror}); the last checkpoint is whole: make room, or the folder "
                 "writable, and go on with --resume"
+            ) from error
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NO_SHARED_MEMORY):
+                raise
+            raise WrongUse(
+                f"the {config.workers} workers have no room for their batches in the shared memory (/dev/shm): enlarge it, as with "
+                "docker run --shm-size 8g, or give fewer --workers, 0 needs none; then go on with --resume"
             ) from error
     if trainer.is_global_zero:
         write_json(folder.finished, {"epochs": trainer.current_epoch, "steps": trainer.global_step})

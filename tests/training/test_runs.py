@@ -604,6 +604,24 @@ def test_losses_that_are_no_numbers_in_every_step_are_told_though_the_weights_st
         fit(config.resolved(epochs=1, steps=1), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of ...",
+        "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file </torch_7>: No space",
+        "CUDA error: out of memory",
+    ],
+)
+def test_workers_without_shared_memory_are_one_line(tmp_path, config, monkeypatch, words):
+    def failing(module, *arguments):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(SegmentationModule, "training_step", failing)
+    ours = "CUDA" not in words
+    with pytest.raises(WrongUse if ours else RuntimeError, match="in the shared memory" if ours else "CUDA"):
+        fit(config.resolved(epochs=1, workers=1), tmp_path / "run")
+
+
 def test_what_this_machine_cannot_do(tmp_path, config):
     for change in ({"accelerator": "abacus"}, {"strategy": "hope"}):
         with pytest.raises(WrongUse, match="this machine cannot train like that: .*"):
