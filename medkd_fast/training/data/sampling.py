@@ -237,11 +237,12 @@ def class_places(mask: np.ndarray, num_classes: int) -> dict[int, np.ndarray]:
     flat = mask.reshape(-1)
     labelled = np.flatnonzero(flat)
     values, places = flat[labelled], {}
-    for c in range(1, num_classes):
-        found = labelled[values == c]
-        if found.size:
-            kept = min(found.size, VOXELS_KEPT)
-            places[c] = found[np.linspace(0, found.size - 1, kept).round().astype(np.int64)]
+    order = np.argsort(values, kind="stable")  # once, where a comparison a class takes seconds for a hundred of them
+    counts = np.bincount(values, minlength=num_classes)
+    ends = counts.cumsum()
+    for c in np.flatnonzero(counts[:num_classes]).tolist():
+        kept = np.linspace(0, counts[c] - 1, min(counts[c], VOXELS_KEPT)).round().astype(np.int64)
+        places[c] = labelled[order[ends[c] - counts[c] + kept]]
     return places
 
 
