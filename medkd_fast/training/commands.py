@@ -12,6 +12,7 @@ import typer
 
 from medkd_fast.training import options as o
 from medkd_fast.training.errors import WrongUse
+from medkd_fast.training.files import quoted, read_json
 
 app = typer.Typer(
     name="medkd-fast",
@@ -249,7 +250,8 @@ def compare(
     record = run_comparison(
         RunConfig.from_dict(settings), Path(teacher), parse_methods(methods), out, seeds=seeds, retime=retime
     )
-    print(f"figures, pictures and runs are in {out}; `medkd-fast report {out} --out report.html` makes a page of them")
+    report = f"medkd-fast report {quoted(out)} --out report.html"
+    print(f"figures, pictures and runs are in {out}; `{report}` makes a page of them")
     if failures(record):
         raise typer.Exit(1)
 
@@ -352,4 +354,8 @@ def _fit(options: dict[str, Any]) -> None:
     config, out = RunConfig.from_dict(o.settings_of(options)), options["out"]
     fit(config, out, resume=options["resume"])
     if rank_zero_only.rank == 0:
-        print(f"the run is in {out}; `medkd-fast evaluate {out} {config.data}` scores it on the test cases")
+        score = f"medkd-fast evaluate {quoted(out)} {quoted(config.data)}"
+        tested = read_json(out / "split.json")["test"]
+        print(
+            f"the run is in {out}; " + (f"`{score}` scores it on the test cases" if tested else "it has no test cases")
+        )

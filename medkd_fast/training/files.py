@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerows(rows)
 
     write_atomically(path, write)
+
+
+def quoted(path: Path | str) -> str:
+    """A path as it stands in a command, to be copied from a message: with quotes where it has spaces.
+
+    >>> quoted(Path("my runs/a")), quoted("runs/a")
+    ("'my runs/a'", 'runs/a')
+    """
+    return shlex.quote(str(path))
 
 
 def slug(text: str) -> str:

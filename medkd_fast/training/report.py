@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from medkd_fast.training.errors import WrongUse
 from medkd_fast.training.evaluate import PROTOCOLS, Evaluation
-from medkd_fast.training.files import read_json, write_atomically, writing
+from medkd_fast.training.files import quoted, read_json, write_atomically, writing
 from medkd_fast.training.metrics import Scores, mean_without_nan
 from medkd_fast.training.pictures import classes_figure, curves_figure, read_curve, svg_text
 
@@ -125,7 +125,7 @@ def _scores(folder: Path) -> list[Scored]:
     files = sorted(folder.glob(SCORES), key=lambda p: (p.stem != "scores", p.stem))
     if not files:
         raise WrongUse(
-            f"{folder} holds no scores and no comparison: run `medkd-fast evaluate {folder}`, or give another folder"
+            f"{folder} holds no scores and no comparison: run `medkd-fast evaluate {quoted(folder)}`, or give another folder"
         )
     found = []
     for file in files:

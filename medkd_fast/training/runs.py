@@ -54,7 +54,7 @@ from medkd_fast.training.data.sampling import train_loader
 from medkd_fast.training.data.split import FRACTIONS, Split, split_by_patient
 from medkd_fast.training.distillation import describe, make_distiller, resolve
 from medkd_fast.training.errors import WrongUse
-from medkd_fast.training.files import CANNOT_WRITE, read_json, sha256, write_json
+from medkd_fast.training.files import CANNOT_WRITE, quoted, read_json, sha256, write_json
 from medkd_fast.training.lock import locked
 from medkd_fast.training.module import CHECKPOINT_KEY, GRADIENT_CLIP, RecordedTeacher, SegmentationModule
 from medkd_fast.training.networks import Survey, build_network, check_network, find_network
@@ -270,6 +270,11 @@ def plan_run(config: RunConfig) -> Plan:
         raise WrongUse("patience needs validation cases, and this split has none: give --fractions such as 0.7,0.1,0.2")
     volumes = prepare(dataset, preprocessing, [*split.train, *split.validation])
     num_classes = len(dataset.classes) + 1
+    if not any(_has_class(volumes[name], num_classes) for name in split.train):
+        raise WrongUse(
+            f"no label of the training cases, {_some(split.train)}, has a class, and there is nothing to learn: "
+            f"`medkd-fast data {quoted(config.data)}` counts what is in them"
+        )
     if config.patience and not any(_has_class(volumes[name], num_classes) for name in split.validation):
         raise WrongUse(
             "patience needs a validation case whose label has a class, and no label of these has one: "
@@ -698,6 +703,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*given NumPy array is not writable.*")
         # the validation's counts are reduced over the processes before the Dice is logged
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+        # of the validation's cases: a run may do without
+        warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
         yield
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,22 @@ def test_train_distill_evaluate(small_csv, tmp_path, capsys):
     checkpoint = RunFolder(tmp_path / "teacher").last
     assert main(["evaluate", str(checkpoint)]) == 0  # a checkpoint is scored, nothing is written beside it
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_run_of_all_cases_in_a_folder_with_a_space(small_csv, tmp_path, capsys):
+    """What is printed can be copied; where nothing is held out, nothing is said of it, not even by Lightning."""
+    run = tmp_path / "my runs" / "a"
+    arguments = ["train", small_csv, *TINY, "--network-arg", THIN, "--out", str(run)]
+    assert main(arguments) == 0
+    assert f"`medkd-fast evaluate '{run}' {small_csv}` scores it on the test cases" in capsys.readouterr().out
+    rows = [line.rpartition(",")[0] for line in Path(small_csv).read_text().splitlines()]
+    bare = Path(shutil.copytree(Path(small_csv).parent, tmp_path / "bare")) / "small.csv"
+    bare.write_text("\n".join(rows[:2]))
+    arguments[1], arguments[-1] = str(bare), str(tmp_path / "b")
+    assert main([*arguments, "--fractions", "1,0,0"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"the run is in {tmp_path / 'b'}; it has no test cases\n"
+    assert all(line.startswith("b: epoch") for line in said.err.splitlines()), said.err
 
 
 def test_a_run_again_from_its_configuration_with_a_change(small_csv, tmp_path, teacher, capsys):

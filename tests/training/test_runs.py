@@ -538,6 +538,18 @@ def test_only_the_student_is_kept(whole, config, helped):
     assert asdict(trained.split)["test"] == ("case4", "case5")
 
 
+def test_training_labels_without_any_class_are_told(tmp_path, config, small_csv):
+    """Or it would train for hours towards background alone."""
+    data = Path(shutil.copytree(Path(small_csv).parent, tmp_path / "my data"))
+    for number in range(3):
+        label = sitk.ReadImage(str(data / f"label{number}.nii.gz"))
+        sitk.WriteImage(label * 0, str(data / f"label{number}.nii.gz"))
+    data = data / "small.csv"
+    command = f"`medkd-fast data '{data}'`"
+    with pytest.raises(WrongUse, match=rf"training cases, 3 \(case0, case1, case2\), has a class.*: {command} counts"):
+        plan_run(config.resolved(data=str(data)))
+
+
 def test_the_default_patch(plan):
     volumes = list(plan.volumes.values())
     assert default_patch(volumes, 2) == (32, 32) and default_patch(volumes, 3) == (16, 32, 32)

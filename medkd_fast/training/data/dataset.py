@@ -9,6 +9,7 @@ from pathlib import Path
 from medkd_fast.training.data.settings import Preprocessing
 from medkd_fast.training.data.split import Split
 from medkd_fast.training.errors import WrongUse
+from medkd_fast.training.files import quoted
 
 IGNORE = 255  # what an ignored voxel is called in prepared labels, whatever the files call it
 
@@ -58,7 +59,7 @@ class Dataset:
         for case in self.cases:
             if case.name == name:
                 return case
-        raise WrongUse(f"{self.name} has no case {name!r}: `medkd-fast data {self.root}` lists them")
+        raise WrongUse(f"{self.name} has no case {name!r}: `medkd-fast data {quoted(self.root)}` lists them")
 
     @property
     def repeated(self) -> dict[str, int]:

@@ -50,10 +50,12 @@ def split_by_patient(dataset: Dataset, *, seed: int = 0, fractions: Sequence[flo
     pool = sorted(given.train or [c.name for c in dataset.labelled if c.patient not in kept])
     patients = sorted({patient_of[name] for name in pool})
     sides = sum(f > 0 for f in wanted)
+    if not patients:
+        raise WrongUse(f"{dataset.name} has 0 labelled patients to train on: look where its labels lie")
     if len(patients) < sides:
         raise WrongUse(
             f"{dataset.name} has {len(patients)} labelled patients to split over {sides} sides: "
-            f"at least {sides} are needed"
+            f"at least {sides} are needed, or fewer sides, such as --fractions 1,0,0"
         )
     order = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     counts = [max(1, round(f / sum(wanted) * len(patients))) if f > 0 else 0 for f in wanted]

@@ -336,7 +336,7 @@ def test_nothing_to_learn_from_and_too_few_patients(tmp_path, ct, label):
     assert only(few) == (
         ERROR,
         "",
-        "few has 2 labelled patients to split over 3 sides: at least 3 are needed",
+        "few has 2 labelled patients to split over 3 sides: at least 3 are needed, or fewer sides, such as --fractions 1,0,0",
     )
     for path in (few / "labelsTr").iterdir():
         path.unlink()
