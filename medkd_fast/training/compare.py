@@ -102,6 +102,8 @@ def compare(
         )
     dataset = open_dataset(config.data, config.layout)
     base, run = _base(config, teacher, trained, next(iter(methods.values())))
+    # of a teacher that comes from other data: it is scored on the students' test cases
+    trained = replace(trained, split=run.split, content=run.content)
     with writing(out):
         _check_folder(out, base, run, trained)
         cells = _cells(base, teacher, methods, range(config.seed, config.seed + seeds), out)

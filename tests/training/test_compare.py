@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,21 @@ def test_labels_that_have_changed_are_another_comparison(compared, student, teac
             compare(student, teacher, parse_methods(METHODS), out, seeds=2)
     finally:
         label.write_bytes(before)
+
+
+def test_a_teacher_from_other_data_is_scored_on_the_students_test_cases(student, teacher, small_csv, tmp_path):
+    other = Path(shutil.copytree(Path(small_csv).parent, tmp_path / "other")) / "small.csv"
+    rows = [line.rpartition(",")[0] for line in other.read_text().replace("case", "patient ").splitlines()]
+    other.write_text("\n".join(["image,label,case", *rows[1:]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TIMING_ROUNDS", 1)
+        record = compare(
+            student.resolved(data=str(other), steps=1), teacher, parse_methods("kd"), tmp_path / "out", seeds=1
+        )
+    of = {name: json.loads((tmp_path / "out" / name / "scores.json").read_text()) for name in ("teacher", "kd/seed-5")}
+    assert len(record["cases"]) == 1 and record["cases"][0].startswith("patient ")
+    assert [list(scores["cases"]) for scores in of.values()] == [record["cases"]] * 2
+    assert (tmp_path / "out" / "overlay.png").is_file()
 
 
 def test_a_failure_is_exit_code_1(monkeypatch, teacher, small_csv, tmp_path):
