@@ -51,7 +51,7 @@ def digest_of_content(path: Path, cache: Path) -> str:
     try:
         write_atomically(note, lambda p: p.write_text(found))
     except OSError as error:
-        raise _not_writable(cache, error) from error
+        raise not_writable(cache, error) from error
     return found
 
 
@@ -66,7 +66,7 @@ def store(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise _not_writable(folder.parent, error) from error
+        raise not_writable(folder.parent, error) from error
     try:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
@@ -79,7 +79,7 @@ def store(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(temporary, folder)
     except OSError as error:
-        raise _not_writable(folder.parent, error) from error
+        raise not_writable(folder.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,7 +103,8 @@ def _mapped(path: Path) -> np.ndarray:
     return content[start:].view(dtype).reshape(shape, order="F" if by_column else "C")
 
 
-def _not_writable(folder: Path, error: OSError) -> WrongUse:
+def not_writable(folder: Path, error: OSError) -> WrongUse:
+    """What to raise where the cache cannot be written."""
     reason = error.strerror or f"{error}: is the disk full?"  # numpy counts what it could write, and says no more
     return WrongUse(f"the cache {folder} cannot be written ({reason}): set {VARIABLE} to a folder with space")
 

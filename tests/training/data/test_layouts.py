@@ -364,6 +364,13 @@ def test_the_values_of_labels_are_read_once(sets, monkeypatch):
     assert os.listdir(os.environ["MEDKD_FAST_CACHE"])
 
 
+def test_values_that_cannot_be_kept_are_told(sets, tmp_path, monkeypatch):
+    (tmp_path / "values").touch()  # as where the disk is full: there can be no folder of that name
+    monkeypatch.setenv("MEDKD_FAST_CACHE", str(tmp_path))
+    with pytest.raises(WrongUse, match=r"the cache .*values cannot be written \(.*\): set MEDKD_FAST_CACHE"):
+        open_dataset(sets["csv"])
+
+
 def test_values_that_were_kept_and_cannot_be_read_are_read_again(sets):
     first = open_dataset(sets["csv"])
     (note,) = (Path(os.environ["MEDKD_FAST_CACHE"]) / "values").iterdir()  # of the same label four times

@@ -162,5 +162,8 @@ def _values_in(case: Case) -> list[int]:
         pass
     found = counts_of(sitk.GetArrayFromImage(read_label(case)))
     values = [int(v) for v in found if v >= 0 and float(v).is_integer()]
-    write_json(note, values)
+    try:
+        write_json(note, values)
+    except OSError as error:
+        raise store_of.not_writable(note.parent, error) from error
     return values
