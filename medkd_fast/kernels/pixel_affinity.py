@@ -20,10 +20,11 @@ from medkd_fast.reference.common import arithmetic
 @triton.jit
 def affinity_kernel(
     x,  # [B, C, N]
-    inverse,  # [B, N]
+    inverse,  # [B, padded]
     affinity,  # [B, N, N]
     C,
     N,
+    padded,
     tiles,  # a row
     stride_xb,
     stride_xc,
@@ -49,8 +50,8 @@ def affinity_kernel(
         b_j = tl.load(x + o_j * stride_xp + o_c[:, None] * stride_xc, (o_j < N) & (o_c < C)[:, None], 0.0)
         tile = tl.dot(b_i, b_j, tile, input_precision=PRECISION, out_dtype=TYPE)
     if RAW:
-        tile = tile * tl.load(inverse + i_b * N + o_i, o_i < N, 0.0)
-        tile = tile * tl.load(inverse + i_b * N + o_j, o_j < N, 0.0)
+        tile = tile * tl.load(inverse + i_b * padded + o_i)
+        tile = tile * tl.load(inverse + i_b * padded + o_j)
     affinity += i_b * N * N
     m_tile = (o_j >= o_i) & (o_j < N)
     tl.store(affinity + o_i * N + o_j, tile, m_tile)
@@ -60,11 +61,12 @@ def affinity_kernel(
 @triton.jit
 def gradient_kernel(
     x,  # [B, C, N]
-    inverse,  # [B, N]
+    inverse,  # [B, padded]
     upstream,  # [B, N, N]
     gradient,  # for the rows, [B, N, C]
     C,
     N,
+    padded,
     blocks,
     stride_xb,
     stride_xc,
@@ -90,7 +92,7 @@ def gradient_kernel(
         both = there + tl.trans(back)
         b_j = tl.load(x + o_j[:, None] * stride_xp + o_c * stride_xc, (o_j < N)[:, None] & (o_c < C), 0.0).to(TYPE)
         if RAW:
-            both *= tl.load(inverse + i_b * N + o_j, o_j < N, 0.0)[None, :]
+            both *= tl.load(inverse + i_b * padded + o_j)[None, :]
         b_g += tl.dot(both, b_j, input_precision=PRECISION, out_dtype=TYPE)
     tl.store(gradient + (i_b * N + o_i) * C + o_c, b_g, (o_i < N) & (o_c < C))
 
@@ -112,6 +114,7 @@ def pixel_affinity(
         affinity,
         C,
         N,
+        rows.inverse.shape[1],
         tiles,
         *rows.strides,
         RAW=rows.raw,
@@ -142,6 +145,7 @@ def pixel_affinity_backward(
         gradient,
         C,
         N,
+        rows.inverse.shape[1],
         blocks,
         *rows.strides,
         RAW=rows.raw,

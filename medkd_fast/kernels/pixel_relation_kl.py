@@ -11,6 +11,8 @@ Backward: the matrix is symmetric, so both gradients that reach s_i, as a row an
 
 Programs own whole rows: no atomics, no partial gradients, and four exponentials of N² numbers with the forward. What is
 equal for student and teacher is computed alike, and without fused multiply-subtract: equal features have gradient 0.
+A program's gradient lies in memory while it goes on: two programs then fit a multiprocessor, and one multiplies while the other
+takes exponentials.
 
 E_ij s_j on tensor cores. bfloat16 features are exact as they are; E, times their inverse norms, is split in two bfloat16
 numbers, which keep 16 of its bits. Rounding E to one would leave 8, and E's sign changes along a row, where what is left of
@@ -52,45 +54,41 @@ def relation_tile(
     o_j,
     m_j,
     C,
-    N,
-    column,  # what a column's products are multiplied by, for RAW
+    N,  # for o_i
+    left,  # for o_j
+    TYPE: tl.constexpr,
     RAW: tl.constexpr,
     ALL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Products of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others.
 
-    Logits but for what a row is multiplied by: that takes no instruction of its own where something is added.
-
     ALL: there are no others. A loop over them, even an empty one, would be the innermost: the only one whose loads Triton makes ahead.
     """
-    TYPE: tl.constexpr = column.dtype
     BLOCK_C: tl.constexpr = b_j.shape[0]
     tile = tl.dot(panel, b_j, input_precision=PRECISION, out_dtype=TYPE)
     if not ALL:
         for c in range(BLOCK_C, C, BLOCK_C):
             o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
             b_i = load_panel(x, stride_xc, stride_xp, o_c[None, :], o_i, m_i, C, N, RAW)
-            b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, N, RAW)
+            b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, left, RAW)
             tile = tl.dot(b_i, b_k, tile, input_precision=PRECISION, out_dtype=TYPE)
-    if RAW:
-        tile = tile * column
     return tile
 
 
 @triton.jit
-def scales(inverse, i_b, o_p, m_p, N, RAW: tl.constexpr):
+def scales(inverse, first, o_p, padded, RAW: tl.constexpr):
     """Inverse norms, where features come without them."""
     if RAW:
-        return tl.load(inverse + i_b * N + o_p, m_p, 0.0)
+        return tl.load(inverse + first + o_p, o_p < padded, 0.0)
     return tl.full(o_p.shape, 1.0, inverse.dtype.element_ty)
 
 
 @triton.jit
-def counted(mask, i_b, o_p, N, HAS_MASK: tl.constexpr):
+def counted(mask, first, o_p, N, HAS_MASK: tl.constexpr):
     m_p = o_p < N
     if HAS_MASK:
-        m_p = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
+        m_p = m_p & (tl.load(mask + first + o_p, m_p, 0) != 0)
     return m_p
 
 
@@ -106,10 +104,10 @@ def raised(maximum, largest):
 def rows_kernel(
     student,  # [B, C_s, N]
     teacher,  # [B, C_t, N]
-    inverse_s,  # [B, N]
-    inverse_t,  # [B, N]
+    inverse_s,  # [B, padded]
+    inverse_t,  # [B, padded]
     mask,  # [B, N]
-    kept,  # [B, columns, 4, padded]: maximum and 1 / sum for the student, then for the teacher
+    kept,  # [B, columns, 4, padded]: maximum, or if BOUNDED 1 / sum times the student's inverse norm, and 1 / sum; for the teacher too
     values,  # [B * columns, blocks], double
     scale_bits,  # of the double 1 / (temperature log 2)
     C_s,
@@ -143,7 +141,7 @@ def rows_kernel(
     TYPE: tl.constexpr = kept.dtype.element_ty
     scale = scale_bits.to(tl.float64, bitcast=True).to(TYPE)
     o_i = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
-    m_i = counted(mask, i_a, o_i, N, HAS_MASK)
+    m_i = counted(mask, i_a * N, o_i, N, HAS_MASK)
     s_a = student + i_a * stride_sb
     t_a = teacher + i_a * stride_tb
     s_b = student + i_b * stride_sb
@@ -152,26 +150,34 @@ def rows_kernel(
     o_t = tl.arange(0, BLOCK_T).to(tl.int64)
     panel_s = load_panel(s_a, stride_sc, stride_sp, o_s[None, :], o_i, m_i, C_s, N, RAW_S)  # [BLOCK_I, BLOCK_S]
     panel_t = load_panel(t_a, stride_tc, stride_tp, o_t[None, :], o_i, m_i, C_t, N, RAW_T)
-    row_s = scale * scales(inverse_s, i_a, o_i, m_i, N, RAW_S)  # [BLOCK_I, 1]
-    row_t = scale * scales(inverse_t, i_a, o_i, m_i, N, RAW_T)
+    row_s = scale * scales(inverse_s, i_a * padded, o_i, padded, RAW_S)  # [BLOCK_I, 1]
+    row_t = scale * scales(inverse_t, i_a * padded, o_i, padded, RAW_T)
+    o_j = tl.arange(0, BLOCK_J)[None, :].to(tl.int64)
+    # in 64 bits: offsets of columns are the same in every tile
+    step_s = tl.full((), stride_sp, tl.int64)
+    step_t = tl.full((), stride_tp, tl.int64)
     sum_s = tl.zeros([BLOCK_I], tl.float64)
     sum_t = tl.zeros([BLOCK_I], tl.float64)
     weighted = tl.zeros([BLOCK_I], tl.float64)
     max_s = tl.full([BLOCK_I], -float("inf"), TYPE)
     max_t = tl.full([BLOCK_I], -float("inf"), TYPE)
     for j in range(0, N, BLOCK_J):
-        o_j = (j + tl.arange(0, BLOCK_J))[None, :].to(tl.int64)
-        m_j = counted(mask, i_b, o_j, N, HAS_MASK)
-        column_s = scales(inverse_s, i_b, o_j, m_j, N, RAW_S)
-        column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
-        b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
+        s_j, t_j = s_b + j * step_s, t_b + j * step_t
+        m_j = counted(mask, i_b * N + j, o_j, N - j, HAS_MASK)
+        column_s = scales(inverse_s, i_b * padded + j, o_j, BLOCK_J, RAW_S)
+        column_t = scales(inverse_t, i_b * padded + j, o_j, BLOCK_J, RAW_T)
+        b_j = load_panel(s_j, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N - j, RAW_S)
+        b_k = load_panel(t_j, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N - j, RAW_T)
         b_s = relation_tile(
-            s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, column_s, RAW_S, ALL_S, PRECISION
+            s_a, s_j, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, N - j, TYPE, RAW_S, ALL_S, PRECISION
         )  # fmt: skip
-        b_j = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
         b_t = relation_tile(
-            t_a, t_b, panel_t, b_j, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, column_t, RAW_T, ALL_T, PRECISION
+            t_a, t_j, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, N - j, TYPE, RAW_T, ALL_T, PRECISION
         )  # fmt: skip
+        if RAW_S:
+            b_s *= column_s
+        if RAW_T:
+            b_t *= column_t
         if BOUNDED:
             # below every exponential but finite, so that two of them are 0 apart
             shift = tl.where(m_j, -scale, -1e30).to(TYPE)
@@ -205,12 +211,22 @@ def rows_kernel(
     tl.store(values + tl.program_id(0), tl.sum(tl.where(m_row, value, 0.0)))
     o_row = tl.reshape(o_i, [BLOCK_I])
     p_kept = kept + pair * 4 * padded + o_row
-    m_kept = o_row < padded
-    # the infinite maximum makes every exponential of a row that does not count 0
-    tl.store(p_kept, tl.where(m_row, max_s, float("inf")), m_kept)
-    tl.store(p_kept + padded, tl.where(m_row, 1.0 / sum_s, 0.0).to(TYPE), m_kept)
-    tl.store(p_kept + 2 * padded, tl.where(m_row, max_t, float("inf")), m_kept)
-    tl.store(p_kept + 3 * padded, tl.where(m_row, 1.0 / sum_t, 0.0).to(TYPE), m_kept)
+    w_row = tl.where(m_row, 1.0 / sum_s, 0.0).to(TYPE)
+    v_row = tl.where(m_row, 1.0 / sum_t, 0.0).to(TYPE)
+    if BOUNDED:
+        inverse = tl.reshape(
+            scales(inverse_s, i_a * padded, o_i, padded, RAW_S) + tl.zeros([BLOCK_I, 1], TYPE), [BLOCK_I]
+        )
+        max_s = w_row * inverse
+        max_t = v_row * inverse
+    else:
+        # the infinite maximum makes every exponential of a row that does not count 0
+        max_s = tl.where(m_row, max_s, float("inf"))
+        max_t = tl.where(m_row, max_t, float("inf"))
+    tl.store(p_kept, max_s, o_row < padded)
+    tl.store(p_kept + padded, w_row, o_row < padded)
+    tl.store(p_kept + 2 * padded, max_t, o_row < padded)
+    tl.store(p_kept + 3 * padded, v_row, o_row < padded)
 
 
 @triton.jit
@@ -229,8 +245,8 @@ def pair_factor(
 def gradient_kernel(
     student,  # [B, C_s, N]
     teacher,  # [B, C_t, N]
-    inverse_s,  # [B, N]
-    inverse_t,  # [B, N]
+    inverse_s,  # [B, padded]
+    inverse_t,  # [B, padded]
     mask,  # [B, N]
     kept,  # [B, columns, 4, padded]
     upstream,  # [], [B] or [B, B]
@@ -274,16 +290,21 @@ def gradient_kernel(
     scale = double.to(TYPE)
     o_i = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
     o_out = (tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[None, :].to(tl.int64)
-    m_i = counted(mask, i_a, o_i, N, HAS_MASK)
+    m_i = counted(mask, i_a * N, o_i, N, HAS_MASK)
     s_a = student + i_a * stride_sb
     t_a = teacher + i_a * stride_tb
     o_s = tl.arange(0, BLOCK_S).to(tl.int64)
     o_t = tl.arange(0, BLOCK_T).to(tl.int64)
     panel_s = load_panel(s_a, stride_sc, stride_sp, o_s[None, :], o_i, m_i, C_s, N, RAW_S)  # [BLOCK_I, BLOCK_S]
     panel_t = load_panel(t_a, stride_tc, stride_tp, o_t[None, :], o_i, m_i, C_t, N, RAW_T)
-    row_s = scale * scales(inverse_s, i_a, o_i, m_i, N, RAW_S)  # [BLOCK_I, 1]
-    row_t = scale * scales(inverse_t, i_a, o_i, m_i, N, RAW_T)
-    total = tl.zeros([BLOCK_I, BLOCK_OUT], TYPE)
+    row_s = scale * scales(inverse_s, i_a * padded, o_i, padded, RAW_S)  # [BLOCK_I, 1]
+    row_t = scale * scales(inverse_t, i_a * padded, o_i, padded, RAW_T)
+    o_j = tl.arange(0, BLOCK_J)[None, :].to(tl.int64)
+    # in 64 bits: offsets of columns are the same in every tile
+    step_s = tl.full((), stride_sp, tl.int64)
+    step_t = tl.full((), stride_tp, tl.int64)
+    p_gradient = gradient + (i_a * N + o_i) * C_s + o_out
+    m_gradient = (o_i < N) & (o_out < C_s)
     for column in range(columns):
         i_b = tl.full((), column, tl.int64) if ACROSS else i_a
         s_b = student + i_b * stride_sb
@@ -292,8 +313,11 @@ def gradient_kernel(
         back = pair_factor(upstream, pixels, i_b, i_a, B, N, double, stride_ua, stride_ub, ACROSS, HAS_MASK, MEAN)
         p_i = kept + (i_a * columns + column) * 4 * padded + o_i
         p_b = kept + ((i_b * columns + i_a) if ACROSS else i_a) * 4 * padded
-        w_i = there * tl.load(p_i + padded, m_i, 0.0)
-        v_i = there * tl.load(p_i + 3 * padded, m_i, 0.0)
+        w_i = tl.load(p_i + padded, m_i, 0.0)
+        v_i = tl.load(p_i + 3 * padded, m_i, 0.0)
+        if ACROSS or not BOUNDED:
+            w_i *= there
+            v_i *= there
         max_si = scale
         max_ti = scale
         if not BOUNDED:
@@ -302,48 +326,67 @@ def gradient_kernel(
         for first in range(0, N, CHUNK):
             b_g = tl.zeros([BLOCK_I, BLOCK_OUT], TYPE)
             for j in range(first, tl.minimum(first + CHUNK, N), BLOCK_J):
-                o_j = (j + tl.arange(0, BLOCK_J))[None, :].to(tl.int64)
-                m_j = counted(mask, i_b, o_j, N, HAS_MASK)
-                column_s = scales(inverse_s, i_b, o_j, m_j, N, RAW_S)
-                column_t = scales(inverse_t, i_b, o_j, m_j, N, RAW_T)
-                b_j = load_panel(s_b, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N, RAW_S)
+                s_j, t_j = s_b + j * step_s, t_b + j * step_t
+                m_j = counted(mask, i_b * N + j, o_j, N - j, HAS_MASK)
+                column_s = scales(inverse_s, i_b * padded + j, o_j, BLOCK_J, RAW_S)
+                column_t = scales(inverse_t, i_b * padded + j, o_j, BLOCK_J, RAW_T)
+                b_j = load_panel(s_j, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N - j, RAW_S)
+                b_k = load_panel(t_j, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N - j, RAW_T)
                 b_s = relation_tile(
-                    s_a, s_b, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, column_s, RAW_S, ALL_S, PRECISION
+                    s_a, s_j, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, N - j, TYPE, RAW_S, ALL_S, PRECISION
                 )  # fmt: skip
-                b_k = load_panel(t_b, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N, RAW_T)
                 b_t = relation_tile(
-                    t_a, t_b, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, column_t, RAW_T, ALL_T, PRECISION
+                    t_a, t_j, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, N - j, TYPE, RAW_T, ALL_T, PRECISION
                 )  # fmt: skip
+                if RAW_S:
+                    b_s *= column_s
+                if RAW_T:
+                    b_t *= column_t
                 # columns that do not count are multiplied with zeros in the end
-                w_j = back * tl.load(p_b + padded + o_j, m_j, 0.0)
-                v_j = back * tl.load(p_b + 3 * padded + o_j, m_j, 0.0)
+                p_j = p_b + j
                 if BOUNDED:
-                    b_e = tl.exp2(tl.fma(b_s, row_s, -scale)) * (w_i + w_j)
-                    b_e -= tl.exp2(tl.fma(b_t, row_t, -scale)) * (v_i + v_j)
+                    w_j = tl.load(p_j + o_j)
+                    v_j = tl.load(p_j + 2 * padded + o_j)
+                    if ACROSS:
+                        w_j *= back
+                        v_j *= back
+                    # with the inverse norms of the second product
+                    if RAW_S:
+                        w_j = tl.fma(w_i, column_s, w_j)
+                        v_j = tl.fma(v_i, column_s, v_j)
+                    else:
+                        w_j += w_i
+                        v_j += v_i
+                    b_e = tl.exp2(tl.fma(b_s, row_s, -scale)) * w_j
+                    b_e -= tl.exp2(tl.fma(b_t, row_t, -scale)) * v_j
                 else:
+                    w_j = back * tl.load(p_j + padded + o_j)
+                    v_j = back * tl.load(p_j + 3 * padded + o_j)
                     b_s *= row_s
                     b_t *= row_t
-                    max_sj = tl.load(p_b + o_j, m_j, float("inf"))
-                    max_tj = tl.load(p_b + 2 * padded + o_j, m_j, float("inf"))
+                    max_sj = tl.load(p_j + o_j)
+                    max_tj = tl.load(p_j + 2 * padded + o_j)
                     b_e = tl.exp2(b_s - max_si) * w_i - tl.exp2(b_t - max_ti) * v_i
                     b_e += tl.exp2(b_s - max_sj) * w_j - tl.exp2(b_t - max_tj) * v_j
                     b_e = tl.where(m_j, b_e, 0.0)  # all that counts may lie far below a product with zeros
-                if RAW_S:  # the inverse norms of the second product
-                    b_e *= column_s
+                    if RAW_S:  # the inverse norms of the second product
+                        b_e *= column_s
                 if ALL_S:
                     b_j = tl.trans(b_j)  # [BLOCK_J, BLOCK_OUT]
                 else:
-                    b_j = load_panel(s_b, stride_sc, stride_sp, o_out, tl.trans(o_j), tl.trans(m_j), C_s, N, RAW_S)
+                    b_j = load_panel(s_j, stride_sc, stride_sp, o_out, tl.trans(o_j), tl.trans(m_j), C_s, N - j, RAW_S)
                 if b_j.dtype == tl.bfloat16:
-                    high = b_e.to(tl.bfloat16)
-                    low = (b_e - high.to(tl.float32)).to(tl.bfloat16)
-                    b_g = tl.dot(high, b_j, b_g)
-                    b_g = tl.dot(low, b_j, b_g)
+                    # cut off, not rounded: two of a pair's numbers become bfloat16 in one instruction
+                    high = (b_e.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+                    b_g = tl.dot(high.to(tl.bfloat16), b_j, b_g)
+                    b_g = tl.dot((b_e - high).to(tl.bfloat16), b_j, b_g)
                 else:
                     b_g = tl.dot(b_e, b_j.to(TYPE), b_g, input_precision=PRECISION, out_dtype=TYPE)
-            total += b_g
-    p_gradient = gradient + (i_a * N + o_i) * C_s + o_out
-    tl.store(p_gradient, total, (o_i < N) & (o_out < C_s))
+            if BOUNDED and not ACROSS:
+                b_g *= there
+            b_g += tl.load(p_gradient, m_gradient & (column + first > 0), 0.0)
+            tl.store(p_gradient, b_g, m_gradient)
+            tl.debug_barrier()
 
 
 def bits_of(x: float) -> int:
@@ -378,7 +421,6 @@ def plan_of(
     double, half = type == torch.float64, s.raw and t.raw
     BLOCK_I, BLOCK_J = (64, 32) if double else (128, 64) if half else (64, 64)
     most = 32 if double else 128 if half and roomy() else 64
-    padded = triton.cdiv(pixels_of(student), 64) * 64
     BLOCK_S, BLOCK_T = (min(max(triton.next_power_of_2(x.shape[1]), 16), most) for x in (student, teacher))
     flags = {
         "ACROSS": across_images,
@@ -395,6 +437,8 @@ def plan_of(
         "BLOCK_T": BLOCK_T,
         "PRECISION": "ieee" if double else "tf32x3",
         "num_warps": 8 if half else 4,
+        # two programs a multiprocessor
+        "maxnreg": 128 if half and max(BLOCK_S, BLOCK_T) <= 64 else None,
         "num_stages": 2 if half else 1,  # a second stage of fp32 would cost registers and half of the programs at once
         "enable_fp_fusion": False,
     }
@@ -408,7 +452,7 @@ def plan_of(
         type,
         mask.flatten(1).sum(1) if mask is not None else None,
         bits_of(1 / (temperature * math.log(2))),
-        padded,
+        s.inverse.shape[1],
         flags,
     )
 
@@ -427,7 +471,7 @@ def pixel_relation_kl(
     plan = plan_of(student, teacher, mask, relation, temperature, across_images)
     columns = B if across_images else 1
     kept = student.new_empty((B, columns, 4, plan.padded), dtype=plan.type)
-    blocks = triton.cdiv(plan.padded, plan.flags["BLOCK_I"])
+    blocks = triton.cdiv(N, plan.flags["BLOCK_I"])
     values = student.new_empty((B * columns, blocks), dtype=torch.float64)
     rows_kernel[(B * columns * blocks,)](
         *plan.tensors,
@@ -471,7 +515,7 @@ def pixel_relation_kl_backward(
             if flags["RAW_S"] and flags["RAW_T"]
             else {"BLOCK_OUT": min(flags["BLOCK_S"], 64)}
         )
-    blocks = triton.cdiv(plan.padded, flags["BLOCK_I"])
+    blocks = triton.cdiv(N, flags["BLOCK_I"])
     gradient = student.new_empty((B, N, C), dtype=plan.type)
     gradient_kernel[(B * blocks, triton.cdiv(C, flags["BLOCK_OUT"]))](
         *plan.tensors,

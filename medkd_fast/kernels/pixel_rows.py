@@ -55,7 +55,7 @@ def prepare_kernel(
     x,
     mask,  # [B, N]
     rows,  # [B, N, C]
-    inverses,  # [B, N]
+    inverses,  # [B, blocks * BLOCK_P]
     C,
     N,
     blocks,  # of pixels, an image
@@ -97,7 +97,7 @@ def prepare_kernel(
             b_x = tl.where(m_x, (b_x - first[:, None]) - mean[:, None], 0.0)
             squares += tl.sum(b_x * b_x, 1)
         inverse = inverse_norm(squares)
-    tl.store(inverses + i_b * N + o_p, inverse, o_p < N)
+    tl.store(inverses + i_b * blocks * BLOCK_P + o_p, inverse)
     if STORE:
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
@@ -112,11 +112,12 @@ def prepare_kernel(
 def finish_kernel(
     gradient,  # for the rows, [B, N, C]
     rows,  # as they were multiplied: `Rows`
-    inverses,  # [B, N]
+    inverses,  # [B, padded]
     mask,  # [B, N]
     out,  # for the features, laid out as they
     C,
     N,
+    padded,
     blocks,
     stride_rb,
     stride_rc,
@@ -138,7 +139,7 @@ def finish_kernel(
         m_valid = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
     p_g = gradient + (i_b * N + o_p[:, None]) * C
     p_s = rows + i_b * stride_rb + o_p[:, None] * stride_rp
-    inverse = tl.load(inverses + i_b * N + o_p, m_p, 0.0)
+    inverse = tl.load(inverses + i_b * padded + o_p)
     TYPE: tl.constexpr = inverses.dtype.element_ty
     along = tl.zeros([BLOCK_P], TYPE)
     sum_s = tl.zeros([BLOCK_P], TYPE)
@@ -175,7 +176,7 @@ class Rows(NamedTuple):
 
     x: torch.Tensor
     strides: tuple[int, int, int]  # over images, channels and pixels
-    inverse: torch.Tensor  # [B, N]
+    inverse: torch.Tensor  # [B, N rounded up to 64]: whoever takes blocks of pixels need not ask where they end
     raw: bool  # x is the features, still to be multiplied by `inverse`
 
 
@@ -185,10 +186,10 @@ def prepare(
     B, C, N = x.shape[0], x.shape[1], pixels_of(x)
     raw = not always_store and type == torch.float32 and x.dtype in HALF and relation != "pearson"
     x, strides = planes_of(x)
-    inverse = x.new_empty((B, N), dtype=type)
     rows = x if raw else x.new_empty((B, N, C), dtype=type)
     BLOCK_P, BLOCK_C = 64, 32
     blocks = triton.cdiv(N, BLOCK_P)
+    inverse = x.new_empty((B, blocks * BLOCK_P), dtype=type)
     prepare_kernel[(B * blocks,)](
         x,
         mask,
@@ -225,6 +226,7 @@ def finish(
         written,
         C,
         N,
+        rows.inverse.shape[1],
         blocks,
         *rows.strides,
         *strides,
