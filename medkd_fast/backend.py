@@ -167,7 +167,8 @@ def choose(operator: str, device_type: str, numbers: int, multiply_adds: int = 0
     if _forced in ON_REQUEST.get(device_type, ()) and _forced in OPERATORS[operator].get("cuda", ()):
         return _forced
     if _forced == "auto":
-        if device_type == "cuda" and (cuda_first or _waits_for_its_host(numbers * max(multiply_adds // 32, 1))):
+        work = 0 if cuda_first else numbers * max(multiply_adds // 32, 1)
+        if device_type == "cuda" and (_waits_for_its_host(work) or (cuda_first and torch.compiler.is_compiling())):
             candidates = tuple(sorted(candidates, key="cuda".__ne__))
         for name in candidates:
             if not UNAVAILABLE[name]:

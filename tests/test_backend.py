@@ -57,6 +57,7 @@ def test_small_work_on_a_gpu_goes_where_launches_cost_least(monkeypatch: pytest.
     }
     monkeypatch.setattr(backend, "_has_machine_code", lambda gpu: False)
     assert backend.choose("class_kl", "cuda", few) == "triton"
+    assert backend.choose("class_kl", "cuda", many, cuda_first=True) == "triton"
     monkeypatch.setattr(backend, "_has_machine_code", lambda gpu: True)
     monkeypatch.setitem(backend.UNAVAILABLE, "cuda", "not built")
     assert backend.choose("class_kl", "cuda", few) == "triton"

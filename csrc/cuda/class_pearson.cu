@@ -105,10 +105,9 @@ __device__ __forceinline__ void centre(int classes, float to_base_2, const bool 
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
       if (c < classes) most = fmaxf(most, x[c][p]);
-    const float shift = -most * to_base_2;
 #pragma unroll
     for (int c = 0; c < max_classes; ++c)
-      if (c < classes) sum += x[c][p] = exp2_nonpositive(fmaf(x[c][p], to_base_2, shift));
+      if (c < classes) sum += x[c][p] = exp2_nonpositive((x[c][p] - most) * to_base_2);
     sum = 1.0f / sum;
 #pragma unroll
     for (int c = 0; c < max_classes; ++c) x[c][p] = counts[p] && c < classes ? x[c][p] * sum - mean : 0.0f;
@@ -295,7 +294,7 @@ struct Centred {
       const auto* from = static_cast<const decltype(zero)*>(x.data) + offset;
 #pragma unroll
       for (int i = 0; i < batch<A>; ++i)
-        out[i] = first + i < classes ? static_cast<A>(widen(from[(first + i) * x.stride_c])) * scale : A(0);
+        out[i] = first + i < classes ? rounded_product(static_cast<A>(widen(from[(first + i) * x.stride_c])), scale) : A(0);
     });
   }
 

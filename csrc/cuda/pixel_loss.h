@@ -195,7 +195,18 @@ __device__ __forceinline__ void pixels_in_registers(const PixelLoss& loss, const
       pixel.max_s = fmaxf(pixel.max_s, s[c][p]);  // one instruction, and NaN shows in the exponentials
       pixel.max_t = fmaxf(pixel.max_t, t[c][p]);
     }
-    const float shift_s = shift_of(pixel.max_s, to_base_2), shift_t = shift_of(pixel.max_t, to_base_2);
+    float shift_s = shift_of(pixel.max_s, to_base_2), shift_t = shift_of(pixel.max_t, to_base_2);
+    if (fabsf(shift_s) > 1e6f || fabsf(shift_t) > 1e6f) {  // rounded, they leave the maxima far from 0
+      const float max_s = shift_s == 0 ? 0.0f : pixel.max_s, max_t = shift_t == 0 ? 0.0f : pixel.max_t;
+#pragma unroll
+      for (int c = 0; c < max_classes; ++c) {
+        s[c][p] -= max_s;
+        t[c][p] -= max_t;
+      }
+      pixel.own_s -= max_s;
+      pixel.own_t -= max_t;
+      shift_s = shift_t = 0;
+    }
     pixel.own_s = fmaf(pixel.own_s, to_base_2, shift_s);
     pixel.own_t = fmaf(pixel.own_t, to_base_2, shift_t);
 #pragma unroll

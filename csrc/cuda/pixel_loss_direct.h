@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(direct_threads, 4) sweep_kernel(PixelLoss loss
 #pragma unroll
         for (int i = 0; i < batch<A>; ++i)
           out[i] = first + i * lanes < loss.classes
-                       ? static_cast<A>(widen(from[(first + i * lanes) * x.stride_c])) * scale
+                       ? rounded_product(static_cast<A>(widen(from[(first + i * lanes) * x.stride_c])), scale)
                        : A(0);
       });
     };

@@ -387,7 +387,9 @@ __global__ void __launch_bounds__(most_line_threads) line_sweep_kernel(LinesLoss
 #pragma unroll
           for (int i = 0; i < batch<A>; ++i) {
             s[i] = absent_again((A(1) - upper) * above[i] + upper * below[i]);
-            t[i] = first + i < loss.classes ? static_cast<A>(widen(from[(first + i) * loss.teacher.stride_c])) * scale : A(0);
+            t[i] = first + i < loss.classes
+                       ? rounded_product(static_cast<A>(widen(from[(first + i) * loss.teacher.stride_c])), scale)
+                       : A(0);
           }
         });
       };

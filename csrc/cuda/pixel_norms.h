@@ -15,22 +15,6 @@ inline PixelRows pixel_rows_of(const std::string& relation) {
   return relation == "gram" ? PixelRows::gram : relation == "pearson" ? PixelRows::pearson : PixelRows::cosine;
 }
 
-// A product that no multiply-add swallows: it is the same number wherever it is made, so equal features have no difference.
-__device__ __forceinline__ float rounded_product(float a, float b) {
-#if MEDKD_DEVICE_CODE
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-__device__ __forceinline__ double rounded_product(double a, double b) {
-#if MEDKD_DEVICE_CODE
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // One network's pixels.
 template <typename A>
 struct Normalised {

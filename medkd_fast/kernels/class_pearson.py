@@ -22,8 +22,8 @@ MOST_SLOTS = 1024
 def centred_probabilities(x, stride_c, stride_n, o_c, o_n, counts, C, to_base_2, A: tl.constexpr):
     """q of both dimensions' classes and pixels, 0 at pixels that do not count."""
     there = (o_c < C) & counts
-    u = tl.load(x + o_c * stride_c + o_n * stride_n, there, -float("inf")).to(A) * to_base_2
-    e = tl.exp2(u - tl.where(counts, tl.max(u, 0, keep_dims=True), 0.0))
+    u = tl.load(x + o_c * stride_c + o_n * stride_n, there, -float("inf")).to(A)
+    e = tl.exp2((u - tl.where(counts, tl.max(u, 0, keep_dims=True), 0.0)) * to_base_2)
     total = tl.sum(e, 0, keep_dims=True)
     p = e * (1.0 / tl.where(counts, total, 1.0))
     return tl.where(there, p - 1.0 / tl.full((1, 1), C, A), 0.0)

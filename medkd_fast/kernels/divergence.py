@@ -1,9 +1,8 @@
 """The mathematics of a tile of pixels of class_kl and decoupled_kl (derivation: reference/decoupled_kl.py).
 
 The logits of a tile are a tuple of K tensors [R, M]: M pixels, and class k·R + r in row r of the k-th. With R = 1 a thread
-holds all classes of its pixels and no reduction leaves it; with R > 1 the classes are spread over threads as well. Logits are
-multiplied by log2(e) / τ, in one instruction with the subtraction of their maximum, so that the exponential is one too. A class
-at −inf in both networks is absent.
+holds all classes of its pixels and no reduction leaves it; with R > 1 the classes are spread over threads as well. Differences
+from the maximum are multiplied by log2(e) / τ, so that the exponential is one instruction. A class at −inf in both networks is absent.
 """
 
 from __future__ import annotations
@@ -21,6 +20,12 @@ def highest(x, K: tl.constexpr, R: tl.constexpr):
     if R > 1:
         most = tl.max(most, 0, keep_dims=True)
     return tl.where(most == -float("inf"), 0.0, most)
+
+
+@triton.jit
+def scaled(x, factor):
+    """A product that is rounded: fused into a later difference it would leave something where both are equal."""
+    return tl.fma(x, tl.zeros_like(x) + factor, tl.zeros_like(x))
 
 
 @triton.jit
@@ -80,11 +85,11 @@ def divergences(
     else:
         other_s, other_t = s, t
 
-    most_s, most_t = highest(other_s, K, R) * to_base_2, highest(other_t, K, R) * to_base_2
+    most_s, most_t = highest(other_s, K, R), highest(other_t, K, R)
     sum_s, sum_t, weighted = tl.zeros_like(s[0]), tl.zeros_like(s[0]), tl.zeros_like(s[0])
     e_s, e_t = (), ()
     for k in tl.static_range(K):
-        x_s, x_t = other_s[k] * to_base_2 - most_s, other_t[k] * to_base_2 - most_t
+        x_s, x_t = scaled(other_s[k] - most_s, to_base_2), scaled(other_t[k] - most_t, to_base_2)
         e_s += (tl.exp2(x_s),)
         e_t += (tl.exp2(x_t),)
         # what the teacher does not have contributes 0
@@ -100,8 +105,8 @@ def divergences(
     far = (sum_s + sum_t < float("inf")) & ~(weighted < float("inf"))
     nontarget = tl.where(sum_t == 0, 0.0, tl.where(far, float("inf"), nontarget))
     if DECOUPLED:
-        d_s = LN2 * (own_s * to_base_2 - most_s) - log_s
-        d_t = LN2 * (own_t * to_base_2 - most_t) - log_t
+        d_s = LN2 * scaled(own_s - most_s, to_base_2) - log_s
+        d_t = LN2 * scaled(own_t - most_t, to_base_2) - log_t
         target, v_target = target_term(d_s, d_t)
         v_target *= target_weight
     else:

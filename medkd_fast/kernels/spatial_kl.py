@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from medkd_fast.kernels.common import operator, share_of
+from medkd_fast.kernels.divergence import scaled
 from medkd_fast.kernels.pixel_images import image_weight
 from medkd_fast.kernels.planes import gradient_like, planes_of
 from medkd_fast.reference.common import arithmetic
@@ -25,7 +26,7 @@ def load_rows(x, mask, before, stride_c, stride_n, o_c, o_n, C, N, to_base_2, A:
     if HAS_MASK:
         m_n = m_n & (tl.load(mask + before + o_n, m_n, 0) != 0)
     u = tl.load(x + o_c * stride_c + o_n * stride_n, (o_c < C) & m_n, -float("inf"))
-    return u.to(A) * to_base_2
+    return scaled(u.to(A), to_base_2)  # where it lies above its maximum, the exponential is none
 
 
 @triton.jit
