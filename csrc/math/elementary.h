@@ -165,18 +165,20 @@ MEDKD_INLINE double near_log2(double x) { return log2(x); }
 // subnormal numbers it is any number.
 MEDKD_INLINE float log_of_quotient(float a, float b) {
   // a = 2^k m with |log2(m / b)| <= 0.59, from the bits, which are the logarithm to within 0.09; log(m / b) = 2 atanh z
-  const int32_t k = (bits_from_float(a) - bits_from_float(b) + 0x00400000) & static_cast<int32_t>(0xff800000);
-  const float m = float_from_bits(bits_from_float(a) - k);
+  const uint32_t bits = static_cast<uint32_t>(bits_from_float(a));
+  const uint32_t k = (bits - static_cast<uint32_t>(bits_from_float(b)) + 0x00400000u) & 0xff800000u;
+  const float m = float_from_bits(static_cast<int32_t>(bits - k));
   const float z = quotient(m - b, m + b), zz = z * z;
-  const float p = (3.0454018712e-1f * zz + 3.9953392744e-1f) * zz + 6.6666990519e-1f;  // minimax, 4e-9
-  return static_cast<float>(k) * 8.2629582959e-8f + z * (p * zz + 2.0f) + 0.0f * a;  // ln 2 / 2^23; the last is for NaN
+  const float p = (3.0454018712e-1f * zz + 3.9953392744e-1f) * zz + 6.6666990519e-1f;  // minimax: 4e-9
+  const float ln_2_k = static_cast<float>(static_cast<int32_t>(k)) * 8.2629582959e-8f;  // ln 2 / 2^23
+  return ln_2_k + z * (p * zz + 2.0f) + 0.0f * a;  // the last for NaN
 }
 MEDKD_INLINE double log_of_quotient(double a, double b) { return log(a / b); }
 
 // log((1 + a) / (1 + b)) for a and b in [0, 1], with the same virtues.
 MEDKD_INLINE float log_of_shares(float a, float b) {
   const float z = quotient(a - b, 2.0f + (a + b)), zz = z * z;  // at most 1 / 3
-  const float p = ((2.8012666106e-1f * zz + 2.8001677990e-1f) * zz + 4.0021532774e-1f) * zz + 6.6666418314e-1f;  // minimax, 5e-9
+  const float p = ((2.8012666106e-1f * zz + 2.8001677990e-1f) * zz + 4.0021532774e-1f) * zz + 6.6666418314e-1f;  // minimax: 5e-9
   return z * (p * zz + 2.0f);
 }
 MEDKD_INLINE double log_of_shares(double a, double b) { return log1p((a - b) / (1 + b)); }
