@@ -84,8 +84,8 @@ MEDKD_INLINE float exp_nonpositive(float x) {
 }
 MEDKD_INLINE double exp_nonpositive(double x) { return exp(x); }
 
-// 2^x for x <= 0: one instruction on the device, with an error of 2 ulp. Logits that are multiplied by log2(e) when they are
-// loaded, where they are divided by the temperature anyway, cost nothing more.
+// 2^x for x <= 0: one instruction on the device, with an error of 2 ulp. To multiply logits by log2(e), where they are
+// divided by the temperature anyway, costs nothing more.
 MEDKD_INLINE float exp2_nonpositive(float x) {
 #if MEDKD_DEVICE_CODE
   float result;

@@ -18,11 +18,7 @@ struct Float16 {
 MEDKD_INLINE float widen(float x) { return x; }
 MEDKD_INLINE double widen(double x) { return x; }
 MEDKD_INLINE float widen(BFloat16 x) {
-#if MEDKD_DEVICE_CODE
-  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-#else
   return float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16));
-#endif
 }
 MEDKD_INLINE float widen(Float16 x) {
 #if MEDKD_DEVICE_CODE
