@@ -320,6 +320,22 @@ def test_pixels_of_equal_channels_are_zero_rows_for_pearson(backend: str) -> Non
         assert_close(pixel_relation(shifted, teacher, **settings), want, 1e-5)
 
 
+@pytest.mark.parametrize("relation", ["cosine", "pearson"])
+@pytest.mark.parametrize("channels", [20, 70])  # normalised where they are multiplied, and before
+def test_pixels_and_channels_of_many_sizes(backend: str, channels: int, relation: str) -> None:
+    sizes = torch.logspace(-4, 0, channels)[:, None, None] * torch.logspace(-14, 4, 30).view(5, 6)
+    student, teacher = torch.randn(2, 1, channels, 5, 6) * sizes
+    value, gradient = value_and_gradient(lambda x: pixel_relation(x, teacher, relation=relation), student)
+    with medkd_fast.use_backend("reference"):
+        want, want_gradient = value_and_gradient(
+            lambda x: pixel_relation(x, teacher.double(), relation=relation), student.double()
+        )
+    assert_close(value, want, 1e-6)
+    # that of a pixel grows as the pixel shrinks
+    unit = want_gradient.norm(dim=1, keepdim=True)
+    assert_close(gradient / unit, want_gradient / unit, 1e-5)
+
+
 @pytest.mark.parametrize("size", [30, 1e4])
 def test_gram_of_large_features(backend: str, size: float) -> None:
     # logits of 10^4 or 10^9, and rows that are one-hot: their maxima, not the sums, decide. 10^4 rounds by 10^4 * 6e-8;

@@ -9,6 +9,11 @@ about a pixel is in one program, which normalises what it loads: each tensor is 
 by their products and are normalised beforehand; pairs of blocks of channels then share the work out.
 
 Half inputs are normalised in fp32 like all others, because A is a difference of normalised features.
+
+Rows of norm 1, times 2¹⁴, are within float16's range, and with them A and B. So fp32 products are three of float16 ("fp16x3"):
+the digits of tf32x3 (pixel_rows.py), on tensor cores that are twice as fast, in half of the shared memory. Of a row of norm
+1, numbers below 10⁻⁵ have fewer digits, the last is 2·10⁻¹². The matrix comes into range by a power of 2 for each of its rows.
+gram, whose rows have any size, has tf32x3.
 """
 
 import torch
@@ -21,41 +26,66 @@ from medkd_fast.kernels.pixel_rows import Rows, finish, normalise, prepare
 from medkd_fast.kernels.planes import gradient_like, planes_of
 from medkd_fast.reference.common import arithmetic
 
+#: A row of norm 1 times this, and what rounding to float16 leaves of it, are within float16's range.
+UNIT = tl.constexpr(2.0**14)
+
+
+@triton.jit
+def halves(x):
+    """float16 numbers whose sum is x, to 22 bits."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def multiply(a, b, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a bᵀ"""
+    if PRECISION == "fp16x3":
+        a_high, a_low = halves(a)
+        b_high, b_low = halves(b)
+        product = tl.dot(a_low, tl.trans(b_high))
+        product = tl.dot(a_high, tl.trans(b_low), product)
+        return tl.dot(a_high, tl.trans(b_high), product)
+    else:  # known when the kernel is compiled
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=TYPE)
+
+
+@triton.jit
+def multiply_by_matrix(x, matrix, factor, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """factor x matrixᵀ. A row of the matrix is of any size: a power of 2 brings its largest number between 2¹⁴ and 2¹⁵."""
+    if PRECISION == "fp16x3":
+        exponents = tl.max(tl.abs(matrix), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        exponents = tl.maximum(exponents, 15 << 23)
+        up = ((134 << 23) - exponents + (134 << 23)).to(tl.float32, bitcast=True)
+        down = (exponents - (14 << 23)).to(tl.float32, bitcast=True) * (factor / UNIT)
+        return multiply(x, matrix * up[:, None], TYPE, PRECISION) * down[None, :]
+    else:
+        return multiply(x, matrix, TYPE, PRECISION) * factor
+
 
 @triton.jit
 def load_rows(
-    x, stride_xc, stride_xp, o_c, o_p, m_p, C, TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr
-):
-    """Normalised features and inverse norms at channels o_c by pixels o_p, one of them a column, or turned over."""
+    x, stride_xc, stride_xp, o_c, o_p, m_p, C,
+    TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Normalised features times SCALE, and inverse norms, at channels o_c by pixels o_p, one of them a column, or turned over."""
     m_x = (o_c < C) & m_p
     b_x = tl.load(x + o_c * stride_xc + o_p * stride_xp, m_x, 0.0).to(TYPE)
     AXIS: tl.constexpr = 0 if o_p.shape[0] == 1 else 1
     if FUSED:
-        return normalise(b_x, m_x, C, RELATION, AXIS)
-    return b_x, tl.zeros_like(tl.sum(b_x, AXIS))
+        return normalise(b_x, m_x, C, RELATION, AXIS, SCALE)
+    return b_x * SCALE, tl.zeros_like(tl.sum(b_x, AXIS))
 
 
 @triton.jit
 def load_difference_and_sum(
-    student,
-    teacher,
-    stride_sc,
-    stride_sp,
-    stride_tc,
-    stride_tp,
-    o_c,
-    o_p,
-    m_p,
-    C_s,
-    C_t,
-    TYPE: tl.constexpr,
-    RELATION: tl.constexpr,
-    FUSED: tl.constexpr,
-):
-    """A and B. S and T are rounded alike: these kernels are compiled without fused multiply-subtract, with which one
-    of the two products would go unrounded into the difference, and equal features would differ."""
-    b_s, _ = load_rows(student, stride_sc, stride_sp, o_c, o_p, m_p, C_s, TYPE, RELATION, FUSED)
-    b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_c, o_p, m_p, C_t, TYPE, RELATION, FUSED)
+    student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_c, o_p, m_p, C_s, C_t,
+    TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """A and B, times SCALE. S and T are rounded alike: these kernels are compiled without fused multiply-subtract, with
+    which one of the two products would go unrounded into the difference, and equal features would differ."""
+    b_s, _ = load_rows(student, stride_sc, stride_sp, o_c, o_p, m_p, C_s, TYPE, RELATION, FUSED, SCALE)
+    b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_c, o_p, m_p, C_t, TYPE, RELATION, FUSED, SCALE)
     return b_s - b_t, b_s + b_t
 
 
@@ -98,6 +128,7 @@ def products_kernel(
     o_i = (i_row * BLOCK_C + tl.arange(0, BLOCK_C))[:, None].to(tl.int64)
     o_j = (i_col * BLOCK_C + tl.arange(0, BLOCK_C))[:, None].to(tl.int64)
     TYPE: tl.constexpr = partial.dtype.element_ty
+    SCALE: tl.constexpr = UNIT if PRECISION == "fp16x3" else 1.0
     aa = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
     bb = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
     ba = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
@@ -108,33 +139,26 @@ def products_kernel(
         if HAS_MASK:
             m_p = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
         a_i, b_i = load_difference_and_sum(
-            student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_i, o_p, m_p, C_s, C_t, TYPE, RELATION, FUSED
-        )  # [BLOCK_C, BLOCK_P]
+            student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_i, o_p, m_p,
+            C_s, C_t, TYPE, RELATION, FUSED, SCALE,
+        )  # [BLOCK_C, BLOCK_P]  # fmt: skip
         if FUSED:
-            aa += tl.dot(a_i, tl.trans(a_i), input_precision=PRECISION, out_dtype=TYPE)
-            bb += tl.dot(b_i, tl.trans(b_i), input_precision=PRECISION, out_dtype=TYPE)
-            ba += tl.dot(b_i, tl.trans(a_i), input_precision=PRECISION, out_dtype=TYPE)
+            aa += multiply(a_i, a_i, TYPE, PRECISION)
+            bb += multiply(b_i, b_i, TYPE, PRECISION)
+            ba += multiply(b_i, a_i, TYPE, PRECISION)
         else:
             a_j, b_j = load_difference_and_sum(
-                student,
-                teacher,
-                stride_sc,
-                stride_sp,
-                stride_tc,
-                stride_tp,
-                o_j,
-                o_p,
-                m_p,
-                C_s,
-                C_t,
-                TYPE,
-                RELATION,
-                FUSED,
-            )
-            aa += tl.dot(a_i, tl.trans(a_j), input_precision=PRECISION, out_dtype=TYPE)
-            bb += tl.dot(b_i, tl.trans(b_j), input_precision=PRECISION, out_dtype=TYPE)
-            ba += tl.dot(b_i, tl.trans(a_j), input_precision=PRECISION, out_dtype=TYPE)
-            ab += tl.dot(a_i, tl.trans(b_j), input_precision=PRECISION, out_dtype=TYPE)
+                student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_j, o_p, m_p,
+                C_s, C_t, TYPE, RELATION, FUSED, SCALE,
+            )  # fmt: skip
+            aa += multiply(a_i, a_j, TYPE, PRECISION)
+            bb += multiply(b_i, b_j, TYPE, PRECISION)
+            ba += multiply(b_i, a_j, TYPE, PRECISION)
+            ab += multiply(a_i, b_j, TYPE, PRECISION)
+    aa *= 1 / (SCALE * SCALE)
+    bb *= 1 / (SCALE * SCALE)
+    ba *= 1 / (SCALE * SCALE)
+    ab *= 1 / (SCALE * SCALE)
     partial += i_slot * 3 * W * W
     o_k = tl.trans(o_j)
     m_ij = (o_i < W) & (o_k < W)
@@ -313,13 +337,14 @@ def gradient_kernel(
     out += i_b * stride_ob
     matrix += i_b * C_s * 2 * W
     TYPE: tl.constexpr = matrix.dtype.element_ty
+    SCALE: tl.constexpr = UNIT if PRECISION == "fp16x3" else 1.0
     factor = tl.load(upstream + i_b * stride_u)
     o_out = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :].to(tl.int64)
+    o_row = tl.trans(o_out)
     if FUSED:
-        o_k = tl.trans(o_out)
-        m_matrix = (o_k < W) & (o_out < C_s)
-        of_a = tl.load(matrix + o_out * 2 * W + o_k, m_matrix, 0.0)  # [BLOCK_C, BLOCK_C], turned over
-        of_b = tl.load(matrix + o_out * 2 * W + W + o_k, m_matrix, 0.0)
+        m_matrix = (o_row < C_s) & (o_out < W)
+        of_a = tl.load(matrix + o_row * 2 * W + o_out, m_matrix, 0.0)  # [BLOCK_C, BLOCK_C]
+        of_b = tl.load(matrix + o_row * 2 * W + W + o_out, m_matrix, 0.0)
     for p in range(first, tl.minimum(first + PART, N), BLOCK_P):
         o_p = (p + tl.arange(0, BLOCK_P))[:, None]
         m_p = o_p < N
@@ -327,13 +352,14 @@ def gradient_kernel(
         if HAS_MASK:
             m_valid = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
         if FUSED:
-            b_s, inverse = load_rows(student, stride_sc, stride_sp, o_out, o_p, m_valid, C_s, TYPE, RELATION, FUSED)
-            b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_out, o_p, m_valid, C_t, TYPE, RELATION, FUSED)
-            b_g = tl.dot(b_s - b_t, of_a, input_precision=PRECISION, out_dtype=TYPE)
-            b_g += tl.dot(b_s + b_t, of_b, input_precision=PRECISION, out_dtype=TYPE)
-            b_g *= factor  # [BLOCK_P, BLOCK_C]
+            b_s, inverse = load_rows(
+                student, stride_sc, stride_sp, o_out, o_p, m_valid, C_s, TYPE, RELATION, FUSED, SCALE
+            )
+            b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_out, o_p, m_valid, C_t, TYPE, RELATION, FUSED, SCALE)
+            b_g = multiply_by_matrix(b_s - b_t, of_a, factor, TYPE, PRECISION)  # [BLOCK_P, BLOCK_C]
+            b_g += multiply_by_matrix(b_s + b_t, of_b, factor, TYPE, PRECISION)
             if RELATION != "gram":
-                along = tl.where(inverse < 1e12, tl.sum(b_g * b_s, 1), 0.0)
+                along = tl.where(inverse < 1e12, tl.sum(b_g * b_s, 1) / (SCALE * SCALE), 0.0)
                 b_g -= b_s * along[:, None]
                 if RELATION == "pearson":
                     mean = tl.sum(b_g, 1) / tl.full((1,), C_s, TYPE)
@@ -344,27 +370,13 @@ def gradient_kernel(
             for c in range(0, W, BLOCK_C):
                 o_c = (c + tl.arange(0, BLOCK_C))[None, :].to(tl.int64)
                 b_a, b_b = load_difference_and_sum(
-                    student,
-                    teacher,
-                    stride_sc,
-                    stride_sp,
-                    stride_tc,
-                    stride_tp,
-                    o_c,
-                    o_p,
-                    m_valid,
-                    C_s,
-                    C_t,
-                    TYPE,
-                    RELATION,
-                    FUSED,
-                )
-                o_k = tl.trans(o_c)
-                m_matrix = (o_k < W) & (o_out < C_s)
-                p_matrix = matrix + o_out * 2 * W + o_k
-                b_g += tl.dot(b_a, tl.load(p_matrix, m_matrix, 0.0), input_precision=PRECISION, out_dtype=TYPE)
-                b_g += tl.dot(b_b, tl.load(p_matrix + W, m_matrix, 0.0), input_precision=PRECISION, out_dtype=TYPE)
-            b_g *= factor
+                    student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_c, o_p, m_valid,
+                    C_s, C_t, TYPE, RELATION, FUSED, SCALE,
+                )  # fmt: skip
+                m_matrix = (o_row < C_s) & (o_c < W)
+                p_matrix = matrix + o_row * 2 * W + o_c
+                b_g += multiply_by_matrix(b_a, tl.load(p_matrix, m_matrix, 0.0), factor, TYPE, PRECISION)
+                b_g += multiply_by_matrix(b_b, tl.load(p_matrix + W, m_matrix, 0.0), factor, TYPE, PRECISION)
         p_out = out + o_out * stride_oc + o_p * stride_op
         tl.store(p_out, b_g.to(out.dtype.element_ty), m_p & (o_out < C_s))
 
@@ -372,6 +384,12 @@ def gradient_kernel(
 #: Channels that a program normalises by itself.
 FUSED_CHANNELS = 64
 ROWS = {"BLOCK_I": 8, "BLOCK_J": 64}
+
+
+def precision_of(type: torch.dtype, relation: str) -> str:
+    if type == torch.float64:
+        return "ieee"
+    return "tf32x3" if relation == "gram" else "fp16x3"
 
 
 def block_of(channels: int) -> int:
@@ -433,7 +451,7 @@ def pixel_relation(
         FUSED=fused,
         BLOCK_C=BLOCK_C,
         BLOCK_P=16 if double and not roomy() else 32,
-        PRECISION="ieee" if double else "tf32x3",
+        PRECISION=precision_of(type, relation),
         num_stages=2,
         enable_fp_fusion=False,
     )
@@ -499,8 +517,9 @@ def pixel_relation_backward(
         written, strides_out = student.new_empty((B, N, C_s), dtype=matrix.dtype), (N * C_s, 1, C_s)
     BLOCK_C, PART = block_of(W), 512
     parts = triton.cdiv(N, PART)
+    precision = precision_of(matrix.dtype, relation)
     # with a second stage of 64 channels in fp32 two programs do not fit a multiprocessor, and one alone has nothing to wait with
-    large = fused and BLOCK_C == 64 and any(x.element_size() == 4 for x in features)
+    large = fused and precision == "tf32x3" and BLOCK_C == 64 and any(x.element_size() == 4 for x in features)
     gradient_kernel[(B * parts, triton.cdiv(C_s, BLOCK_C))](
         *features,
         mask,
@@ -521,7 +540,7 @@ def pixel_relation_backward(
         PART=PART,
         BLOCK_C=BLOCK_C,
         BLOCK_P=(32 if double else 64) // (1 if roomy() else 2),
-        PRECISION="ieee" if double else "tf32x3",
+        PRECISION=precision,
         num_stages=1 if large else 2,
         enable_fp_fusion=False,
     )

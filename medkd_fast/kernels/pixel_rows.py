@@ -29,13 +29,12 @@ HALF = (torch.bfloat16, torch.float16)
 @triton.jit
 def inverse_norm(squares):
     """1 / max(norm, 1e-12). 1e12 says that the gradient along the row does not vanish: a constant divides it."""
-    norm = tl.sqrt(squares)
-    return tl.where(norm < 1e-12, 1e12, 1.0 / norm)
+    return tl.where(squares < 1e-24, 1e12, tl.rsqrt(squares))
 
 
 @triton.jit
-def normalise(x, m_c, C, RELATION: tl.constexpr, AXIS: tl.constexpr):
-    """Rows and what they were multiplied by, from all the channels of some pixels, along AXIS; zeros beyond m_c."""
+def normalise(x, m_c, C, RELATION: tl.constexpr, AXIS: tl.constexpr, SCALE: tl.constexpr):
+    """Rows times SCALE, and their inverse norms, from all the channels of some pixels, along AXIS; zeros beyond m_c."""
     count = tl.full((1,), C, x.dtype)
     if RELATION == "gram":
         inverse = 1.0 / tl.sqrt(count) + tl.zeros_like(tl.sum(x, AXIS))
@@ -47,7 +46,7 @@ def normalise(x, m_c, C, RELATION: tl.constexpr, AXIS: tl.constexpr):
             x = tl.where(m_c, x, 0.0)
             x = tl.where(m_c, x - tl.expand_dims(tl.sum(x, AXIS) / count, AXIS), 0.0)
         inverse = inverse_norm(tl.sum(x * x, AXIS))
-    return x * tl.expand_dims(inverse, AXIS), inverse
+    return x * tl.expand_dims(inverse * SCALE, AXIS), inverse
 
 
 @triton.jit
