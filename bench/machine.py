@@ -41,6 +41,8 @@ def limits() -> dict[str, float]:
             torch.backends.cuda.matmul.allow_tf32 = True
             found["gemm float32"] = max(found["gemm float32"], _gemm_rate(torch.float32) / 3)
             torch.backends.cuda.matmul.allow_tf32 = False
+            # and of rows whose norm is known so is one in three of float16
+            found["gemm float32, norm 1"] = max(found["gemm float32"], _gemm_rate(torch.float16) / 3)
     return found
 
 

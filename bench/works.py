@@ -131,6 +131,8 @@ def relation(
     work.input_bytes = 2 * work.student_bytes
     if machine.GPU and dtype == BF16:  # a CPU's arithmetic is fp32
         work.gemm = "gemm bfloat16"
+    elif machine.GPU and operator == "pixel_relation":
+        work.gemm = "gemm float32, norm 1"
     if (layout, dtype) != ("contiguous", torch.float32):
         work.ordinary = relation(operator, shape, (), divergence=divergence)
     return work

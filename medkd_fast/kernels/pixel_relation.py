@@ -10,10 +10,8 @@ by their products and are normalised beforehand; pairs of blocks of channels the
 
 Half inputs are normalised in fp32 like all others, because A is a difference of normalised features.
 
-Rows of norm 1, times 2¹⁴, are within float16's range, and with them A and B. So fp32 products are three of float16 ("fp16x3"):
-the digits of tf32x3 (pixel_rows.py), on tensor cores that are twice as fast, in half of the shared memory. Of a row of norm
-1, numbers below 10⁻⁵ have fewer digits, the last is 2·10⁻¹². The matrix comes into range by a power of 2 for each of its rows.
-gram, whose rows have any size, has tf32x3.
+"fp16x3" (pixel_rows.py) for A and B, whose rows are of norm 2 at most. The matrix comes into range by a power of 2 for each of
+its rows.
 """
 
 import torch
@@ -22,32 +20,9 @@ import triton.language as tl
 
 from medkd_fast.kernels.common import operator, roomy, share_of
 from medkd_fast.kernels.pixel_images import add_values, image_pixels, image_share, pixels_of
-from medkd_fast.kernels.pixel_rows import Rows, finish, normalise, prepare
+from medkd_fast.kernels.pixel_rows import UNIT, Rows, finish, multiply, normalise, precision_of, prepare
 from medkd_fast.kernels.planes import gradient_like, planes_of
 from medkd_fast.reference.common import arithmetic
-
-#: A row of norm 1 times this, and what rounding to float16 leaves of it, are within float16's range.
-UNIT = tl.constexpr(2.0**14)
-
-
-@triton.jit
-def halves(x):
-    """float16 numbers whose sum is x, to 22 bits."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def multiply(a, b, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """a bᵀ"""
-    if PRECISION == "fp16x3":
-        a_high, a_low = halves(a)
-        b_high, b_low = halves(b)
-        product = tl.dot(a_low, tl.trans(b_high))
-        product = tl.dot(a_high, tl.trans(b_low), product)
-        return tl.dot(a_high, tl.trans(b_high), product)
-    else:  # known when the kernel is compiled
-        return tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=TYPE)
 
 
 @triton.jit
@@ -384,12 +359,6 @@ def gradient_kernel(
 #: Channels that a program normalises by itself.
 FUSED_CHANNELS = 64
 ROWS = {"BLOCK_I": 8, "BLOCK_J": 64}
-
-
-def precision_of(type: torch.dtype, relation: str) -> str:
-    if type == torch.float64:
-        return "ieee"
-    return "tf32x3" if relation == "gram" else "fp16x3"
 
 
 def block_of(channels: int) -> int:

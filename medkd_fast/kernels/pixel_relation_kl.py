@@ -30,7 +30,7 @@ import triton.language as tl
 
 from medkd_fast.kernels.common import operator, roomy
 from medkd_fast.kernels.pixel_images import add_values, image_share, image_weight, pixels_of
-from medkd_fast.kernels.pixel_rows import Rows, finish, prepare
+from medkd_fast.kernels.pixel_rows import UNIT, Rows, finish, multiply, precision_of, prepare
 from medkd_fast.reference.common import arithmetic
 
 
@@ -63,16 +63,23 @@ def relation_tile(
 ):
     """Products of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others.
 
+    With "fp16x3" times UNIT².
     ALL: there are no others. A loop over them, even an empty one, would be the innermost: the only one whose loads Triton makes ahead.
     """
     BLOCK_C: tl.constexpr = b_j.shape[0]
-    tile = tl.dot(panel, b_j, input_precision=PRECISION, out_dtype=TYPE)
+    if PRECISION == "fp16x3":
+        panel *= UNIT
+        b_j *= UNIT
+    tile = multiply(panel, tl.trans(b_j), TYPE, PRECISION)
     if not ALL:
         for c in range(BLOCK_C, C, BLOCK_C):
             o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
             b_i = load_panel(x, stride_xc, stride_xp, o_c[None, :], o_i, m_i, C, N, RAW)
             b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, left, RAW)
-            tile = tl.dot(b_i, b_k, tile, input_precision=PRECISION, out_dtype=TYPE)
+            if PRECISION == "fp16x3":
+                b_i *= UNIT
+                b_k *= UNIT
+            tile += multiply(b_i, tl.trans(b_k), TYPE, PRECISION)
     return tile
 
 
@@ -82,6 +89,14 @@ def scales(inverse, first, o_p, padded, RAW: tl.constexpr):
     if RAW:
         return tl.load(inverse + first + o_p, o_p < padded, 0.0)
     return tl.full(o_p.shape, 1.0, inverse.dtype.element_ty)
+
+
+@triton.jit
+def logits_of(scale, inverse, first, o_p, padded, RAW: tl.constexpr, PRECISION: tl.constexpr):
+    """What a pixel's products are multiplied with to be logits, but for the other pixel's inverse norm."""
+    if PRECISION == "fp16x3":
+        scale *= 1 / (UNIT * UNIT)
+    return scale * scales(inverse, first, o_p, padded, RAW)
 
 
 @triton.jit
@@ -133,7 +148,8 @@ def rows_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION_S: tl.constexpr,
+    PRECISION_T: tl.constexpr,
 ):
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     i_a = pair // columns
@@ -150,8 +166,8 @@ def rows_kernel(
     o_t = tl.arange(0, BLOCK_T).to(tl.int64)
     panel_s = load_panel(s_a, stride_sc, stride_sp, o_s[None, :], o_i, m_i, C_s, N, RAW_S)  # [BLOCK_I, BLOCK_S]
     panel_t = load_panel(t_a, stride_tc, stride_tp, o_t[None, :], o_i, m_i, C_t, N, RAW_T)
-    row_s = scale * scales(inverse_s, i_a * padded, o_i, padded, RAW_S)  # [BLOCK_I, 1]
-    row_t = scale * scales(inverse_t, i_a * padded, o_i, padded, RAW_T)
+    row_s = logits_of(scale, inverse_s, i_a * padded, o_i, padded, RAW_S, PRECISION_S)  # [BLOCK_I, 1]
+    row_t = logits_of(scale, inverse_t, i_a * padded, o_i, padded, RAW_T, PRECISION_T)
     o_j = tl.arange(0, BLOCK_J)[None, :].to(tl.int64)
     # in 64 bits: offsets of columns are the same in every tile
     step_s = tl.full((), stride_sp, tl.int64)
@@ -169,10 +185,10 @@ def rows_kernel(
         b_j = load_panel(s_j, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N - j, RAW_S)
         b_k = load_panel(t_j, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N - j, RAW_T)
         b_s = relation_tile(
-            s_a, s_j, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, N - j, TYPE, RAW_S, ALL_S, PRECISION
+            s_a, s_j, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, N - j, TYPE, RAW_S, ALL_S, PRECISION_S
         )  # fmt: skip
         b_t = relation_tile(
-            t_a, t_j, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, N - j, TYPE, RAW_T, ALL_T, PRECISION
+            t_a, t_j, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, N - j, TYPE, RAW_T, ALL_T, PRECISION_T
         )  # fmt: skip
         if RAW_S:
             b_s *= column_s
@@ -282,10 +298,12 @@ def gradient_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION_S: tl.constexpr,
+    PRECISION_T: tl.constexpr,
 ):
     i_a = (tl.program_id(0) // blocks).to(tl.int64)
     TYPE: tl.constexpr = kept.dtype.element_ty
+    EXACT: tl.constexpr = "ieee" if TYPE == tl.float64 else "tf32x3"
     double = scale_bits.to(tl.float64, bitcast=True)
     scale = double.to(TYPE)
     o_i = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
@@ -297,8 +315,8 @@ def gradient_kernel(
     o_t = tl.arange(0, BLOCK_T).to(tl.int64)
     panel_s = load_panel(s_a, stride_sc, stride_sp, o_s[None, :], o_i, m_i, C_s, N, RAW_S)  # [BLOCK_I, BLOCK_S]
     panel_t = load_panel(t_a, stride_tc, stride_tp, o_t[None, :], o_i, m_i, C_t, N, RAW_T)
-    row_s = scale * scales(inverse_s, i_a * padded, o_i, padded, RAW_S)  # [BLOCK_I, 1]
-    row_t = scale * scales(inverse_t, i_a * padded, o_i, padded, RAW_T)
+    row_s = logits_of(scale, inverse_s, i_a * padded, o_i, padded, RAW_S, PRECISION_S)  # [BLOCK_I, 1]
+    row_t = logits_of(scale, inverse_t, i_a * padded, o_i, padded, RAW_T, PRECISION_T)
     o_j = tl.arange(0, BLOCK_J)[None, :].to(tl.int64)
     # in 64 bits: offsets of columns are the same in every tile
     step_s = tl.full((), stride_sp, tl.int64)
@@ -333,10 +351,10 @@ def gradient_kernel(
                 b_j = load_panel(s_j, stride_sc, stride_sp, o_s[:, None], o_j, m_j, C_s, N - j, RAW_S)
                 b_k = load_panel(t_j, stride_tc, stride_tp, o_t[:, None], o_j, m_j, C_t, N - j, RAW_T)
                 b_s = relation_tile(
-                    s_a, s_j, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, N - j, TYPE, RAW_S, ALL_S, PRECISION
+                    s_a, s_j, panel_s, b_j, stride_sc, stride_sp, o_i, m_i, o_j, m_j, C_s, N, N - j, TYPE, RAW_S, ALL_S, PRECISION_S
                 )  # fmt: skip
                 b_t = relation_tile(
-                    t_a, t_j, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, N - j, TYPE, RAW_T, ALL_T, PRECISION
+                    t_a, t_j, panel_t, b_k, stride_tc, stride_tp, o_i, m_i, o_j, m_j, C_t, N, N - j, TYPE, RAW_T, ALL_T, PRECISION_T
                 )  # fmt: skip
                 if RAW_S:
                     b_s *= column_s
@@ -381,7 +399,7 @@ def gradient_kernel(
                     b_g = tl.dot(high.to(tl.bfloat16), b_j, b_g)
                     b_g = tl.dot((b_e - high).to(tl.bfloat16), b_j, b_g)
                 else:
-                    b_g = tl.dot(b_e, b_j.to(TYPE), b_g, input_precision=PRECISION, out_dtype=TYPE)
+                    b_g = tl.dot(b_e, b_j.to(TYPE), b_g, input_precision=EXACT, out_dtype=TYPE)
             if BOUNDED and not ACROSS:
                 b_g *= there
             b_g += tl.load(p_gradient, m_gradient & (column + first > 0), 0.0)
@@ -435,11 +453,14 @@ def plan_of(
         "ALL_T": teacher.shape[1] <= BLOCK_T,
         "BLOCK_S": BLOCK_S,
         "BLOCK_T": BLOCK_T,
-        "PRECISION": "ieee" if double else "tf32x3",
+        # half products are exact
+        "PRECISION_S": "tf32x3" if s.raw else precision_of(type, relation),
+        "PRECISION_T": "tf32x3" if t.raw else precision_of(type, relation),
         "num_warps": 8 if half else 4,
         # two programs a multiprocessor
         "maxnreg": 128 if half and max(BLOCK_S, BLOCK_T) <= 64 else None,
-        "num_stages": 2 if half else 1,  # a second stage of fp32 would cost registers and half of the programs at once
+        # a second stage of fp64, or of tf32's operands, would cost half of the programs at once
+        "num_stages": 1 if double or (relation == "gram" and not half) else 2,
         "enable_fp_fusion": False,
     }
     if double and mask is not None:

@@ -9,9 +9,13 @@ What multiplies two rows on tensor cores takes them in one of two forms:
 * bfloat16 and float16 for cosine and gram stay as they are: their products are exact in fp32 sums, and each is scaled by
   both pixels' inverse norms afterwards. Rounding normalised rows to a half type would cost eight bits.
 * float32, float64, mixed with one of them or not, and pearson, whose rows are what is left of a difference, are
-  normalised into memory of their own, [B, N, C], in the type of the arithmetic. fp32 products then are three of tf32
-  ("tf32x3"): with x = x₁ + x₂, x₁ and then x₂ rounded to 11 bits, x₁y₁ + x₁y₂ + x₂y₁ lacks x₂y₂ and what 22 bits
-  leave of x, each below 2⁻²² of |x||y|, of either sign: the error of an fp32 sum of a few terms.
+  normalised into memory of their own, [B, N, C], in the type of the arithmetic.
+
+An fp32 product then is three of tf32 ("tf32x3"): with x = x₁ + x₂, x₁ and then x₂ rounded to 11 bits, x₁y₁ + x₁y₂ + x₂y₁ lacks
+x₂y₂ and what 22 bits leave of x, each below 2⁻²² of |x||y|, of either sign: the error of an fp32 sum of a few terms. Or it is
+three of float16 ("fp16x3"), which has 11 bits too: twice as fast, in half of the shared memory. For that a row's size has to
+be known: one of norm 1, times 2¹⁴, is within float16's range, and numbers below 10⁻⁵ of it have fewer digits, the last of
+them 2·10⁻¹². gram's rows are of any size.
 """
 
 from typing import NamedTuple
@@ -24,6 +28,30 @@ from medkd_fast.kernels.pixel_images import pixels_of
 from medkd_fast.kernels.planes import gradient_like, planes_of
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+#: A row of norm 1 times this, and what rounding to float16 leaves of it, are within float16's range.
+UNIT = tl.constexpr(2.0**14)
+
+
+@triton.jit
+def halves(x):
+    """float16 numbers whose sum is x, to 22 bits."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def multiply(a, b, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a bᵀ"""
+    if PRECISION == "fp16x3":
+        a_high, a_low = halves(a)
+        b_high, b_low = halves(b)
+        product = tl.dot(a_low, tl.trans(b_high))
+        product = tl.dot(a_high, tl.trans(b_low), product)
+        return tl.dot(a_high, tl.trans(b_high), product)
+    else:  # known when the kernel is compiled
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=TYPE)
 
 
 @triton.jit
@@ -168,6 +196,13 @@ def finish_kernel(
         b_g = tl.where(m_x, (b_g - b_s * along[:, None] - mean[:, None]) * inverse[:, None], 0.0)
         p_out = out + i_b * stride_ob + o_p[:, None] * stride_op + o_c[None, :].to(tl.int64) * stride_oc
         tl.store(p_out, b_g.to(out.dtype.element_ty), m_p[:, None] & (o_c < C)[None, :])
+
+
+def precision_of(type: torch.dtype, relation: str) -> str:
+    """How rows are multiplied."""
+    if type == torch.float64:
+        return "ieee"
+    return "tf32x3" if relation == "gram" else "fp16x3"
 
 
 class Rows(NamedTuple):
