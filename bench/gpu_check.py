@@ -29,7 +29,10 @@ TESTS = [
         for operator in ROOT.glob("medkd_fast/reference/*.py")
         if (path := ROOT / f"tests/test_{operator.stem}.py").exists()
     ),
-    *(str(ROOT / f"tests/test_{name}.py") for name in ("pixel_loss", "relation", "by_class", "pools", "backend")),
+    *(
+        str(ROOT / f"tests/test_{name}.py")
+        for name in ("pixel_loss", "relation", "by_class", "pools", "numerics", "backend")
+    ),
     *sorted(str(path) for path in ROOT.glob("tests/test_losses*.py")),
 ]
 #: A step that has less than this is not begun.

@@ -303,10 +303,17 @@ def errors(
     return Errors(abs(got[0].item() - want[0].item()) / scale, gradient)
 
 
-def measure(setting: Setting, point: str, dtype: torch.dtype, draws: int = DRAWS) -> Row:
+def measure(setting: Setting, point: str, dtype: torch.dtype, backend: str = "cpp") -> Row:
+    """Of the backend on the default device; all else on the CPU."""
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        return measure_on(device, setting, point, dtype, backend)
+
+
+def measure_on(device: torch.device, setting: Setting, point: str, dtype: torch.dtype, backend: str) -> Row:
     found: dict[str, list[Errors]] = {"fused": [], "plain": []}
     lowest = 0.0
-    for draw in range(draws):
+    for draw in range(DRAWS):
         drawn = setting.draw(point, torch.Generator().manual_seed(draw))
         student, teacher, unrelated = (x.to(dtype) for x in (drawn.student, drawn.teacher, drawn.unrelated))
         sample = drawn._replace(student=student, teacher=teacher)
@@ -318,8 +325,12 @@ def measure(setting: Setting, point: str, dtype: torch.dtype, draws: int = DRAWS
         scale = max(value.item(), TINY)
         if point == "converged":
             scale = truth(setting.loss, sample._replace(student=unrelated))[0].item()
-        with medkd_fast.use_backend("cpp"):
-            fused = value_and_gradient(lambda x, s=sample: setting.loss(x, s.teacher, s.target), student, upstream)
+        there = Sample(*(x.to(device) for x in sample))
+        with medkd_fast.use_backend(backend), torch.device(device):
+            fused = value_and_gradient(
+                lambda x, s=there: setting.loss(x, s.teacher, s.target), there.student, upstream.to(device)
+            )
+        fused = tuple(x.cpu() for x in fused)
         plain = value_and_gradient(
             lambda x, s=sample: setting.plain(x, s.teacher.float(), s.target), student.float(), upstream
         )
@@ -327,7 +338,7 @@ def measure(setting: Setting, point: str, dtype: torch.dtype, draws: int = DRAWS
         for name, got in (("fused", fused), ("plain", plain)):
             found[name].append(errors(got, want, scale, sample.special))
     mean = {
-        name: Errors(*(math.sqrt(sum(e * e for e in column) / draws) for column in zip(*each, strict=True)))
+        name: Errors(*(math.sqrt(sum(e * e for e in column) / DRAWS) for column in zip(*each, strict=True)))
         for name, each in found.items()
     }
     return Row(mean["fused"], mean["plain"], lowest)

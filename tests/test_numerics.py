@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from numerics import CONTRACT, DOCUMENT, DTYPES, POINTS, SETTINGS, limits, measure
+
+
+def check(name: str, point: str, dtype: torch.dtype, backend: str) -> None:
+    setting = SETTINGS[name]
+    row = measure(setting, point, dtype, backend)
+    limit = limits(point, dtype, row.plain, setting.by_products)
+    assert row.fused.value <= limit.value, f"value: {row} is above {limit}"
+    assert row.fused.gradient <= limit.gradient, f"gradient: {row} is above {limit}"
+    assert row.lowest >= -CONTRACT["converged"].value, f"a divergence is not negative beyond rounding: {row}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_contract(cpp: str, name: str, point: str, dtype: str) -> None:
-    setting = SETTINGS[name]
-    row = measure(setting, point, DTYPES[dtype])
-    limit = limits(point, DTYPES[dtype], row.plain, setting.by_products)
-    assert row.fused.value <= limit.value, f"value: {row} is above {limit}"
-    assert row.fused.gradient <= limit.gradient, f"gradient: {row} is above {limit}"
-    assert row.lowest >= -CONTRACT["converged"].value, f"a divergence is not negative beyond rounding: {row}"
+    check(name, point, DTYPES[dtype], cpp)
+
+
+@pytest.mark.parametrize("point", ["converged", "rotated"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_contract_of_every_backend(fused: str, name: str, point: str) -> None:
+    check(name, point, torch.float32, fused)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
