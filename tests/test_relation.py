@@ -207,6 +207,17 @@ def test_zero_rows(loss: Loss, backend: str) -> None:
     assert_close(gradient[ordinary], want_gradient[ordinary], 1e-5)
 
 
+def test_rows_shorter_than_the_least_norm_in_double(loss: Loss, fused: str) -> None:
+    student, teacher = sample((2, 6, 5, 7))
+    for x in (student, teacher):
+        x[:, 2] *= 1e-14  # of their norms at least 1e-12 counts
+        x[0, :, 3:5] *= 1e-13
+    value, gradient = value_and_gradient(lambda x: loss(x, teacher), student)
+    want, want_gradient = truth(loss, student, teacher)
+    assert_close(value, want, 1e-12)
+    assert_close(gradient, want_gradient, 1e-12)
+
+
 def test_all_zero(loss: Loss, backend: str) -> None:
     zero = torch.zeros(2, 3, 4, 5)
     value, gradient = value_and_gradient(lambda x: loss(x, zero), zero)

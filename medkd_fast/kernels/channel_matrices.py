@@ -17,7 +17,8 @@ from medkd_fast.kernels.pixel_images import image_pixels, image_weight
 @triton.jit
 def inverse_norm(square):
     """1 / max(norm, 1e-12). A centred square can round to just below 0."""
-    return 1.0 / tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), 1e-12)
+    least = tl.full((), 1e-12, square.dtype)  # to tl.maximum a bare number is one of fp32
+    return 1.0 / tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), least)
 
 
 @triton.jit
