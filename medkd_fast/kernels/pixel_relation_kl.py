@@ -42,6 +42,15 @@ def load_panel(x, stride_xc, stride_xp, o_c, o_p, m_p, C, N, RAW: tl.constexpr):
 
 
 @triton.jit
+def multiply_rows(a, b, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a bᵀ, with "fp16x3" times UNIT²"""
+    if PRECISION == "fp16x3":
+        a *= UNIT
+        b *= UNIT
+    return multiply(a, b, TYPE, PRECISION)
+
+
+@triton.jit
 def relation_tile(
     x,
     y,
@@ -63,23 +72,16 @@ def relation_tile(
 ):
     """Products of pixels o_i, a column, and o_j, a row, of two images, from the first block of channels, and the others.
 
-    With "fp16x3" times UNIT².
-    ALL: there are no others. A loop over them, even an empty one, would be the innermost: the only one whose loads Triton makes ahead.
+    As multiply_rows has them. ALL: there are no others. A loop over them, even an empty one, would be the innermost: the only one whose loads Triton makes ahead.
     """
     BLOCK_C: tl.constexpr = b_j.shape[0]
-    if PRECISION == "fp16x3":
-        panel *= UNIT
-        b_j *= UNIT
-    tile = multiply(panel, tl.trans(b_j), TYPE, PRECISION)
+    tile = multiply_rows(panel, tl.trans(b_j), TYPE, PRECISION)
     if not ALL:
         for c in range(BLOCK_C, C, BLOCK_C):
             o_c = (c + tl.arange(0, BLOCK_C)).to(tl.int64)
             b_i = load_panel(x, stride_xc, stride_xp, o_c[None, :], o_i, m_i, C, N, RAW)
             b_k = load_panel(y, stride_xc, stride_xp, o_c[:, None], o_j, m_j, C, left, RAW)
-            if PRECISION == "fp16x3":
-                b_i *= UNIT
-                b_k *= UNIT
-            tile += multiply(b_i, tl.trans(b_k), TYPE, PRECISION)
+            tile += multiply_rows(b_i, tl.trans(b_k), TYPE, PRECISION)
     return tile
 
 
