@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medkd_fast.kernels.common import share_of
+from medkd_fast.kernels.common import AHEAD, share_of
 from medkd_fast.kernels.pixel_images import pixels_of
 from medkd_fast.kernels.planes import gradient_like, planes_of
 
@@ -408,7 +408,7 @@ def products(
         products_kernel[(B * slots * pairs,)](
             features.x, mask, shift_i, partial[i], C, W, N, share, slots, pairs, *features.strides, features.to_base_2,
             FEATURES=features.load, SUMS=shifted, HAS_MASK=features.load_mask, ONE_BLOCK=blocks == 1,
-            BLOCK_C=BLOCK_C, BLOCK_P=pixels_at_once(features, BLOCK_C), PRECISION=precision_of(type), num_stages=3,
+            BLOCK_C=BLOCK_C, BLOCK_P=pixels_at_once(features, BLOCK_C), PRECISION=precision_of(type), num_stages=AHEAD,
         )  # fmt: skip
     add_slots_kernel[(triton.cdiv(C * W, 512), len(tensors) * B)](partial, sums, C, W, slots, BLOCK_SLOTS=4, BLOCK=512)
     return sums, shift
@@ -430,6 +430,6 @@ def gradient(
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, features.to_base_2,
         LOAD=features.load, FEATURES=SHIFTED.get(relation, "plain"), HAS_MASK=mask is not None,
         LOAD_MASK=features.load_mask, ONE_BLOCK=blocks == 1, PART=PART, BLOCK_C=BLOCK_C,
-        BLOCK_P=(2048 if type == torch.float64 else 4096) // BLOCK_C, PRECISION=precision_of(type), num_stages=2,
+        BLOCK_P=(2048 if type == torch.float64 else 4096) // BLOCK_C, PRECISION=precision_of(type), num_stages=AHEAD,
     )  # fmt: skip
     return result if written is result else result.copy_(written)

@@ -36,9 +36,9 @@ def operator(*, mutates: tuple[str, ...] = ()) -> Callable[[Launcher], Launcher]
     return register
 
 
-def roomy() -> bool:
-    """Whether a program has 160 KiB of shared memory, as with compute capability 8.0, 9.0 and 10.0; with 8.6, 8.9 and 12.0 it has 99."""
-    return not INTERPRETED and _shared_bytes(driver.active.get_current_device()) >= 160 * 1024
+def roomy(kibibytes: int = 160) -> bool:
+    """Whether a program has so much shared memory: 227 KiB with compute capability 9.0 and 10.0, 163 with 8.0, 99 with 8.6, 8.9 and 12.0."""
+    return not INTERPRETED and _shared_bytes(driver.active.get_current_device()) >= kibibytes * 1024
 
 
 @cache
@@ -48,6 +48,9 @@ def _shared_bytes(device: int) -> int:
 
 #: Programs that keep a GPU busy: some for each of its multiprocessors.
 BUSY = 256
+#: Triton's `num_stages` with which a tile is loaded while the one before is worked on. With 2 it is loaded after that work, and
+#: waited for at once.
+AHEAD = 3
 
 
 def share_of(pixels: int, others: int, least: int, most: int) -> int:

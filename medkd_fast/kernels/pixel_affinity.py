@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import operator
+from medkd_fast.kernels.common import AHEAD, operator
 from medkd_fast.kernels.pixel_images import pixels_of
 from medkd_fast.kernels.pixel_rows import finish, prepare
 from medkd_fast.reference.common import arithmetic
@@ -153,6 +153,6 @@ def pixel_affinity_backward(
         BLOCK_J=BLOCK_J,
         BLOCK_C=BLOCK_C,
         PRECISION="ieee" if double else "tf32x3",
-        num_stages=1 if double else 2,
+        num_stages=1 if double else AHEAD,
     )
     return finish(gradient, rows, None, relation, x)

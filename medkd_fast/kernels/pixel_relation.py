@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medkd_fast.kernels.common import operator, roomy, share_of
+from medkd_fast.kernels.common import AHEAD, operator, roomy, share_of
 from medkd_fast.kernels.pixel_images import add_values, image_pixels, image_share, pixels_of
 from medkd_fast.kernels.pixel_rows import UNIT, Rows, finish, multiply, normalise, precision_of, prepare
 from medkd_fast.kernels.planes import gradient_like, planes_of
@@ -421,7 +421,7 @@ def pixel_relation(
         BLOCK_C=BLOCK_C,
         BLOCK_P=16 if double and not roomy() else 32,
         PRECISION=precision_of(type, relation),
-        num_stages=2,
+        num_stages=AHEAD if fused or (roomy() and not double) else 2,
         enable_fp_fusion=False,
     )
     adding = {"BLOCK_SLOTS": 16, "BLOCK": 128}
@@ -487,8 +487,10 @@ def pixel_relation_backward(
     BLOCK_C, PART = block_of(W), 512
     parts = triton.cdiv(N, PART)
     precision = precision_of(matrix.dtype, relation)
-    # with a second stage of 64 channels in fp32 two programs do not fit a multiprocessor, and one alone has nothing to wait with
-    large = fused and precision == "tf32x3" and BLOCK_C == 64 and any(x.element_size() == 4 for x in features)
+    if fused and precision == "tf32x3" and BLOCK_C == 64:  # with more two programs would not fit a multiprocessor
+        stages = 1 if any(x.element_size() == 4 for x in features) else 2
+    else:
+        stages = AHEAD if fused and roomy(200) else 2
     gradient_kernel[(B * parts, triton.cdiv(C_s, BLOCK_C))](
         *features,
         mask,
@@ -510,7 +512,7 @@ def pixel_relation_backward(
         BLOCK_C=BLOCK_C,
         BLOCK_P=(32 if double else 64) // (1 if roomy() else 2),
         PRECISION=precision,
-        num_stages=1 if large else 2,
+        num_stages=stages,
         enable_fp_fusion=False,
     )
     if rows is not None:
