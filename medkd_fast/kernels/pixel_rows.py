@@ -82,13 +82,14 @@ def prepare_kernel(
     x,
     mask,  # [B, N]
     rows,  # [B, N, C]
-    inverses,  # [B, blocks * BLOCK_P]
+    inverses,  # [B, blocks * BLOCK_P], stride_ip apart
     C,
     N,
     blocks,  # of pixels, an image
     stride_xb,
     stride_xc,
     stride_xp,
+    stride_ip,
     RELATION: tl.constexpr,
     HAS_MASK: tl.constexpr,
     STORE: tl.constexpr,  # rows too
@@ -124,7 +125,7 @@ def prepare_kernel(
             b_x = tl.where(m_x, (b_x - first[:, None]) - mean[:, None], 0.0)
             squares += tl.sum(b_x * b_x, 1)
         inverse = inverse_norm(squares)
-    tl.store(inverses + i_b * blocks * BLOCK_P + o_p, inverse)
+    tl.store(inverses + (i_b * blocks * BLOCK_P + o_p) * stride_ip, inverse)
     if STORE:
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
@@ -139,7 +140,7 @@ def prepare_kernel(
 def finish_kernel(
     gradient,  # for the rows, [B, N, C]
     rows,  # as they were multiplied: `Rows`
-    inverses,  # [B, padded]
+    inverses,  # [B, padded], stride_ip apart
     mask,  # [B, N]
     out,  # for the features, laid out as they
     C,
@@ -152,6 +153,7 @@ def finish_kernel(
     stride_ob,
     stride_oc,
     stride_op,
+    stride_ip,
     RELATION: tl.constexpr,
     RAW: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -166,7 +168,7 @@ def finish_kernel(
         m_valid = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
     p_g = gradient + (i_b * N + o_p[:, None]) * C
     p_s = rows + i_b * stride_rb + o_p[:, None] * stride_rp
-    inverse = tl.load(inverses + i_b * padded + o_p)
+    inverse = tl.load(inverses + (i_b * padded + o_p) * stride_ip)
     TYPE: tl.constexpr = inverses.dtype.element_ty
     along = tl.zeros([BLOCK_P], TYPE)
     sum_s = tl.zeros([BLOCK_P], TYPE)
@@ -215,7 +217,12 @@ class Rows(NamedTuple):
 
 
 def prepare(
-    x: torch.Tensor, mask: torch.Tensor | None, relation: str, type: torch.dtype, always_store: bool = False
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    relation: str,
+    type: torch.dtype,
+    always_store: bool = False,
+    inverse: torch.Tensor | None = None,  # where the inverse norms go, any distance apart
 ) -> Rows:
     B, C, N = x.shape[0], x.shape[1], pixels_of(x)
     raw = not always_store and type == torch.float32 and x.dtype in HALF and relation != "pearson"
@@ -223,7 +230,8 @@ def prepare(
     rows = x if raw else x.new_empty((B, N, C), dtype=type)
     BLOCK_P, BLOCK_C = 64, 32
     blocks = triton.cdiv(N, BLOCK_P)
-    inverse = x.new_empty((B, blocks * BLOCK_P), dtype=type)
+    if inverse is None:
+        inverse = x.new_empty((B, blocks * BLOCK_P), dtype=type)
     prepare_kernel[(B * blocks,)](
         x,
         mask,
@@ -233,6 +241,7 @@ def prepare(
         N,
         blocks,
         *strides,
+        inverse.stride(1),
         RELATION=relation,
         HAS_MASK=mask is not None,
         STORE=not raw,
@@ -264,6 +273,7 @@ def finish(
         blocks,
         *rows.strides,
         *strides,
+        rows.inverse.stride(1),
         RELATION=relation,
         RAW=rows.raw,
         HAS_MASK=mask is not None,
