@@ -1,7 +1,7 @@
 """Generated calls of every operator against the definition in fp64: value and gradient.
 
-`make test` runs the same 2,000 calls every time; `make fuzz` runs 100,000 others (MEDKD_FAST_FUZZ is their number). What a
-failure prints is a `Call`: `check(Call(...))` repeats it.
+`make test` runs the same 2,000 calls every time, and a tenth of them in the GPU's kernels where they are emulated; `make fuzz` runs
+100,000 others (MEDKD_FAST_FUZZ is their number). What a failure prints is a `Call`: `check(Call(...), backend)` repeats it.
 
 Tolerances follow from the arithmetic's unit roundoff ε and from the condition of the call, not from what was observed:
 
@@ -46,7 +46,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import in_one, value_and_gradient
+from operators import EMULATED, in_one, value_and_gradient
 
 import medkd_fast
 
@@ -574,32 +574,38 @@ def truth(call: Call, drawn: Tensors, upstream: torch.Tensor | None = None) -> t
         return value_and_gradient(lambda x: run(call, x, drawn, teacher), drawn.student.double(), upstream)
 
 
-def check_selection(call: Call) -> None:
+def computed(call: Call, drawn: Tensors, upstream: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The backend's value and gradient, on the CPU."""
+    device = "cuda" if backend != "cpp" and torch.cuda.is_available() else "cpu"
+    there = Tensors(*(x if x is None else x.to(device) for x in drawn))
+    layout = LAYOUTS[call.student_layout]
+    with medkd_fast.use_backend(backend):
+        value, gradient = value_and_gradient(
+            lambda x: run(call, layout(x), there, there.teacher), there.student, upstream.to(device)
+        )
+    return value.cpu(), gradient.cpu()
+
+
+def check_selection(call: Call, backend: str) -> None:
     drawn = tensors(call)
     shape = truth(call, drawn)[0].shape
     generator = torch.Generator().manual_seed(call.seed + 1)
     upstream = (call.upstream * torch.randn(shape, generator=generator)).to(call.student_dtype)
-    layout = LAYOUTS[call.student_layout]
-    with medkd_fast.use_backend("cpp"):
-        got = value_and_gradient(lambda x: run(call, layout(x), drawn, x), drawn.student, upstream)
+    got = computed(call, drawn, upstream, backend)
     for what, a, b in zip(("value", "gradient"), got, truth(call, drawn, upstream), strict=True):
         assert a.dtype == call.student_dtype
         compare(what, a, b, torch.zeros_like(b))
 
 
-def check(call: Call) -> None:
+def check(call: Call, backend: str = "cpp") -> None:
     if call.operator == "max_pool":
-        return check_selection(call)
+        return check_selection(call, backend)
     drawn = tensors(call)
     shape = truth(call, drawn)[0].shape
     generator = torch.Generator().manual_seed(call.seed + 1)
     upstream = call.upstream * (torch.randn(shape, generator=generator) if shape else torch.ones(()))
-    layout = LAYOUTS[call.student_layout]
     want, want_gradient = truth(call, drawn, upstream)
-    with medkd_fast.use_backend("cpp"):
-        value, gradient = value_and_gradient(
-            lambda x: run(call, layout(x), drawn, drawn.teacher), drawn.student, upstream
-        )
+    value, gradient = computed(call, drawn, upstream, backend)
 
     bounds = BOUNDS.get(call.operator, relation_bounds)(call, drawn, upstream)
     assert value.dtype == (torch.float64 if double(call) else torch.float32)
@@ -827,12 +833,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_equals_the_definition(cpp: str, one_thread: None, name: str) -> None:
+def test_equals_the_definition(fused: str, one_thread: None, name: str) -> None:
     calls, share = CALLS[name]
-    hypothesis.settings(
+    if fused in EMULATED:
+        share /= 10
+    generated = hypothesis.settings(
         PROFILE,
         max_examples=math.ceil(share * PROFILE.max_examples),
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
-    )(hypothesis.given(calls)(check))()
+    )(hypothesis.given(calls)(lambda call: check(call, fused)))
+    with torch.device("cpu"):  # where tensors are drawn
+        generated()
