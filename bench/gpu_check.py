@@ -104,6 +104,11 @@ def sanitize(tool: str) -> bool:
     return run(tool, [*command, *PYTEST, "-k", "cuda and gradcheck", *TESTS])
 
 
+def fuzz() -> bool:
+    """Generated calls of CUDA C++; of Triton most would be compiled for their own."""
+    return run("fuzz", [*PYTEST, "-k", "cuda", str(ROOT / "tests/test_fuzz.py")])
+
+
 def bench() -> bool:
     """Operators, then losses, in the order of the targets; those that there is no time for are left out."""
     files = ["bench/test_operators.py", "bench/test_losses.py"]
@@ -130,6 +135,7 @@ def _has(module: str) -> bool:
 STEPS: dict[str, Callable[[], bool]] = {
     **{step.__name__: step for step in (carried, build, test, bench)},
     **{tool: partial(sanitize, tool) for tool in ("memcheck", "racecheck")},
+    "fuzz": fuzz,
 }
 ASKED = sys.argv[1:] or list(STEPS)
 

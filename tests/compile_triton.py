@@ -20,6 +20,8 @@ import medkd_fast
 from medkd_fast import backend
 
 CLASSES = 5
+#: Triton's intermediate code of every launch, with the kernel's name.
+CODE: list[tuple[str, str]] = []
 #: Of a program, by compute capability.
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 
@@ -56,6 +58,7 @@ def compile_only(capability: int) -> dict[str, int]:
             compiled = kernel.warmup(*args, grid=grid, **settings)
             name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
             shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
+            CODE.append((name, compiled.asm["ttgir"]))
 
         return launch
 

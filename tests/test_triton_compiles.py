@@ -29,6 +29,24 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
         medkd_fast.pixel_relation(x, x.detach(), divergence=divergence).backward()
 print(json.dumps(shared))
 """
+LOADS = """
+import sys
+sys.path.insert(0, "tests")
+import json, re, compile_triton, torch, medkd_fast
+compile_triton.compile_only(90)
+for dtype in (torch.float32, torch.bfloat16):
+    x = torch.randn(1, 64, 16, 16, dtype=dtype, requires_grad=True)
+    for divergence in ("mse", "kl"):
+        medkd_fast.pixel_relation(x, x.detach(), divergence=divergence).backward()
+    medkd_fast.channel_relation(x, x.detach()).backward()
+    medkd_fast.pixel_affinity(x).sum().backward()
+waits = {}
+for name, code in compile_triton.CODE:
+    # in a loop; after it nothing is named
+    for later in re.findall(r"ttg.async_wait %.*{num = (\\d+) : i32}", code):
+        waits.setdefault(name, []).append(int(later))
+print(json.dumps(waits))
+"""
 
 
 def compiled(*command: str) -> dict[str, int]:
@@ -60,3 +78,13 @@ def test_it_fits_where_there_is_least_shared_memory() -> None:
     assert max(shared.values()) <= SHARED_BYTES[89], shared
     # with more of it blocks are larger, so that this tells something
     assert max(shared.values()) > SHARED_BYTES[89] // 2, shared
+
+
+def test_tiles_are_loaded_ahead() -> None:
+    """A loop waits for the loads of a tile before those of the next have ended."""
+    waits = compiled("-c", LOADS)
+    ahead = {f"{pixels}.gradient_kernel" for pixels in ("pixel_relation", "pixel_relation_kl", "pixel_affinity")}
+    ahead |= {"channel_products.products_kernel", "channel_products.gradient_kernel"}
+    ahead |= {"pixel_relation.products_kernel", "pixel_relation_kl.rows_kernel"}
+    assert ahead <= set(waits)
+    assert all(min(waits[name]) > 0 for name in ahead), waits
