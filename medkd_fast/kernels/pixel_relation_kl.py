@@ -104,17 +104,15 @@ def inverse_at(inverses, first, o_p, padded, NETWORK: tl.constexpr, RAW: tl.cons
 
 @triton.jit
 def pairs(p, PIXELS: tl.constexpr):
-    """Two numbers each of pixels in a row, side by side in memory, as two rows: one load and one address."""
-    x = tl.load(p + tl.arange(0, PIXELS)[:, None] * 2 + tl.arange(0, 2)[None, :])
-    first, second = tl.split(x)
+    """Two numbers each of some pixels, side by side in memory, as two rows: one load and one address."""
+    first, second = tl.split(tl.reshape(tl.load(p + tl.arange(0, 2 * PIXELS)), [PIXELS, 2]))
     return first[None, :], second[None, :]
 
 
 @triton.jit
 def quads(p, PIXELS: tl.constexpr):
     """Four numbers each, as four rows."""
-    x = tl.load(p + tl.arange(0, PIXELS)[:, None] * 4 + tl.arange(0, 4)[None, :])
-    even, odd = tl.split(tl.reshape(x, [PIXELS, 2, 2]))
+    even, odd = tl.split(tl.reshape(tl.load(p + tl.arange(0, 4 * PIXELS)), [PIXELS, 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first[None, :], second[None, :], third[None, :], fourth[None, :]
@@ -129,6 +127,14 @@ def counted(mask, first, o_p, N, HAS_MASK: tl.constexpr, FULL: tl.constexpr = Fa
     if HAS_MASK:
         m_p = m_p & (tl.load(mask + first + o_p, m_p, 0) != 0)
     return m_p
+
+
+@triton.jit
+def sums_of_lanes(x):
+    """Sums over a row of what a lane of a tensor core's result holds of it, [rows, 4]: no lane waits for another."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    return tl.sum(tl.sum(tl.reshape(x, [ROWS, COLUMNS // 8, 4, 2]), 1), 2)
 
 
 @triton.jit
@@ -197,9 +203,9 @@ def rows_kernel(
     # in 64 bits: offsets of columns are the same in every tile
     step_s = tl.full((), stride_sp, tl.int64)
     step_t = tl.full((), stride_tp, tl.int64)
-    sum_s = tl.zeros([BLOCK_I], tl.float64)
-    sum_t = tl.zeros([BLOCK_I], tl.float64)
-    weighted = tl.zeros([BLOCK_I], tl.float64)
+    sum_s = tl.zeros([BLOCK_I, 4], tl.float64)
+    sum_t = tl.zeros([BLOCK_I, 4], tl.float64)
+    weighted = tl.zeros([BLOCK_I, 4], tl.float64)
     max_s = tl.full([BLOCK_I], -float("inf"), TYPE)
     max_t = tl.full([BLOCK_I], -float("inf"), TYPE)
     for j in range(0, N, BLOCK_J):
@@ -231,14 +237,17 @@ def rows_kernel(
             b_t *= row_t
             max_s, finite_s, lower_s = raised(max_s, tl.max(b_s + absent, 1))
             max_t, finite_t, lower_t = raised(max_t, tl.max(b_t + absent, 1))
-            sum_s *= lower_s
-            sum_t *= lower_t
-            weighted *= lower_t
+            sum_s *= lower_s[:, None]
+            sum_t *= lower_t[:, None]
+            weighted *= lower_t[:, None]
             e_s = tl.exp2(b_s + absent - finite_s[:, None])
             e_t = tl.exp2(b_t + absent - finite_t[:, None])
-        sum_s += tl.sum(e_s, 1).to(tl.float64)
-        sum_t += tl.sum(e_t, 1).to(tl.float64)
-        weighted += tl.sum(e_t * (b_t - b_s), 1).to(tl.float64)
+        sum_s += sums_of_lanes(e_s).to(tl.float64)
+        sum_t += sums_of_lanes(e_t).to(tl.float64)
+        weighted += sums_of_lanes(e_t * (b_t - b_s)).to(tl.float64)
+    sum_s = tl.sum(sum_s, 1)
+    sum_t = tl.sum(sum_t, 1)
+    weighted = tl.sum(weighted, 1)
     if BOUNDED:
         max_s = tl.zeros([BLOCK_I], TYPE) + scale
         max_t = max_s
@@ -318,6 +327,7 @@ def gradient_kernel(
     ALL_S: tl.constexpr,  # channels are in the first block
     ALL_T: tl.constexpr,
     CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,  # tiles of a turn of the loop, which share its addresses and its waiting
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -372,7 +382,7 @@ def gradient_kernel(
             max_ti = tl.load(p_i + 1, m_i, float("inf"))
         for first in range(0, N, CHUNK):
             b_g = tl.zeros([BLOCK_I, BLOCK_OUT], TYPE)
-            for j in range(first, tl.minimum(first + CHUNK, N), BLOCK_J):
+            for j in tl.range(first, tl.minimum(first + CHUNK, N), BLOCK_J, loop_unroll_factor=UNROLL):
                 s_j, t_j = s_b + j * step_s, t_b + j * step_t
                 m_j = counted(mask, i_b * N + j, o_j, N - j, HAS_MASK, FULL)
                 of_sj, of_tj, w_j, v_j = quads(p_b + 4 * j, BLOCK_J)
@@ -470,10 +480,11 @@ def plan_of(
     BLOCK_I, BLOCK_J = (64, 32) if double else (128, 64) if half else (64, 64)
     most = 32 if double else 128 if half and roomy() else 64
     BLOCK_S, BLOCK_T = (min(max(triton.next_power_of_2(x.shape[1]), 16), most) for x in (student, teacher))
+    all_s, all_t = student.shape[1] <= BLOCK_S, teacher.shape[1] <= BLOCK_T
     if double or (relation == "gram" and not half):
         stages = 1  # a tile of fp64, or of tf32's numbers, loaded ahead would cost half of the programs at once
     else:
-        stages = AHEAD if roomy(160 if half else 200) else 2
+        stages = AHEAD if all_s and all_t and roomy(160 if half else 200) else 2
     flags = {
         "ACROSS": across_images,
         "HAS_MASK": mask is not None,
@@ -484,8 +495,8 @@ def plan_of(
         "RAW_T": t.raw,
         "BLOCK_I": BLOCK_I,
         "BLOCK_J": BLOCK_J,
-        "ALL_S": student.shape[1] <= BLOCK_S,
-        "ALL_T": teacher.shape[1] <= BLOCK_T,
+        "ALL_S": all_s,
+        "ALL_T": all_t,
         "BLOCK_S": BLOCK_S,
         "BLOCK_T": BLOCK_T,
         # half products are exact
@@ -592,6 +603,8 @@ def pixel_relation_kl_backward(
         upstream.stride(1) if upstream.dim() > 1 else 0,
         MEAN=reduction == "mean",
         CHUNK=4096,
+        # where shared memory has room for four tiles; with fp32 nothing is gained
+        UNROLL=2 if flags["maxnreg"] and roomy(200) else 1,
         **flags,
     )
     return finish(gradient, plan.student, mask, relation, student)
