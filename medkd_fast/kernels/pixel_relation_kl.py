@@ -603,8 +603,8 @@ def pixel_relation_kl_backward(
         upstream.stride(1) if upstream.dim() > 1 else 0,
         MEAN=reduction == "mean",
         CHUNK=4096,
-        # where shared memory has room for four tiles; with fp32 nothing is gained
-        UNROLL=2 if flags["maxnreg"] and roomy(200) else 1,
+        # where shared memory has room for four tiles, and registers for their addresses; with fp32 nothing is gained
+        UNROLL=2 if flags["maxnreg"] and flags["FULL"] and roomy(200) else 1,
         **flags,
     )
     return finish(gradient, plan.student, mask, relation, student)
