@@ -41,10 +41,10 @@ def multiply_by_matrix(x, matrix, factor, TYPE: tl.constexpr, PRECISION: tl.cons
 @triton.jit
 def load_rows(
     x, stride_xc, stride_xp, o_c, o_p, m_p, C,
-    TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr, SCALE: tl.constexpr,
+    TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr, FULL: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Normalised features times SCALE, and inverse norms, at channels o_c by pixels o_p, one of them a column, or turned over."""
-    m_x = (o_c < C) & m_p
+    m_x = m_p if FULL else (o_c < C) & m_p
     b_x = tl.load(x + o_c * stride_xc + o_p * stride_xp, m_x, 0.0).to(TYPE)
     AXIS: tl.constexpr = 0 if o_p.shape[0] == 1 else 1
     if FUSED:
@@ -55,12 +55,11 @@ def load_rows(
 @triton.jit
 def load_difference_and_sum(
     student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_c, o_p, m_p, C_s, C_t,
-    TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr, SCALE: tl.constexpr,
+    TYPE: tl.constexpr, RELATION: tl.constexpr, FUSED: tl.constexpr, FULL: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """A and B, times SCALE. S and T are rounded alike: these kernels are compiled without fused multiply-subtract, with
-    which one of the two products would go unrounded into the difference, and equal features would differ."""
-    b_s, _ = load_rows(student, stride_sc, stride_sp, o_c, o_p, m_p, C_s, TYPE, RELATION, FUSED, SCALE)
-    b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_c, o_p, m_p, C_t, TYPE, RELATION, FUSED, SCALE)
+    """A and B, times SCALE."""
+    b_s, _ = load_rows(student, stride_sc, stride_sp, o_c, o_p, m_p, C_s, TYPE, RELATION, FUSED, FULL, SCALE)
+    b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_c, o_p, m_p, C_t, TYPE, RELATION, FUSED, FULL, SCALE)
     return b_s - b_t, b_s + b_t
 
 
@@ -85,6 +84,7 @@ def products_kernel(
     RELATION: tl.constexpr,
     HAS_MASK: tl.constexpr,
     FUSED: tl.constexpr,
+    FULL: tl.constexpr,  # blocks of pixels and of channels are, and all pixels count
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -110,12 +110,12 @@ def products_kernel(
     ab = tl.zeros([BLOCK_C, BLOCK_C], TYPE)
     for p in range(first, tl.minimum(first + share, N), BLOCK_P):
         o_p = (p + tl.arange(0, BLOCK_P))[None, :]
-        m_p = o_p < N
+        m_p = tl.full([1, BLOCK_P], True, tl.int1) if FULL else o_p < N
         if HAS_MASK:
             m_p = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
         a_i, b_i = load_difference_and_sum(
             student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_i, o_p, m_p,
-            C_s, C_t, TYPE, RELATION, FUSED, SCALE,
+            C_s, C_t, TYPE, RELATION, FUSED, FULL, SCALE,
         )  # [BLOCK_C, BLOCK_P]  # fmt: skip
         if FUSED:
             aa += multiply(a_i, a_i, TYPE, PRECISION)
@@ -124,7 +124,7 @@ def products_kernel(
         else:
             a_j, b_j = load_difference_and_sum(
                 student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_j, o_p, m_p,
-                C_s, C_t, TYPE, RELATION, FUSED, SCALE,
+                C_s, C_t, TYPE, RELATION, FUSED, FULL, SCALE,
             )  # fmt: skip
             aa += multiply(a_i, a_j, TYPE, PRECISION)
             bb += multiply(b_i, b_j, TYPE, PRECISION)
@@ -300,6 +300,7 @@ def gradient_kernel(
     RELATION: tl.constexpr,
     HAS_MASK: tl.constexpr,
     FUSED: tl.constexpr,  # with normalisation, and then its derivative; else `out` is for the rows
+    FULL: tl.constexpr,
     PART: tl.constexpr,  # pixels
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -322,15 +323,17 @@ def gradient_kernel(
         of_b = tl.load(matrix + o_row * 2 * W + W + o_out, m_matrix, 0.0)
     for p in range(first, tl.minimum(first + PART, N), BLOCK_P):
         o_p = (p + tl.arange(0, BLOCK_P))[:, None]
-        m_p = o_p < N
+        m_p = tl.full([BLOCK_P, 1], True, tl.int1) if FULL else o_p < N
         m_valid = m_p
         if HAS_MASK:
             m_valid = m_p & (tl.load(mask + i_b * N + o_p, m_p, 0) != 0)
         if FUSED:
             b_s, inverse = load_rows(
-                student, stride_sc, stride_sp, o_out, o_p, m_valid, C_s, TYPE, RELATION, FUSED, SCALE
+                student, stride_sc, stride_sp, o_out, o_p, m_valid, C_s, TYPE, RELATION, FUSED, FULL, SCALE
             )
-            b_t, _ = load_rows(teacher, stride_tc, stride_tp, o_out, o_p, m_valid, C_t, TYPE, RELATION, FUSED, SCALE)
+            b_t, _ = load_rows(
+                teacher, stride_tc, stride_tp, o_out, o_p, m_valid, C_t, TYPE, RELATION, FUSED, FULL, SCALE
+            )
             b_g = multiply_by_matrix(b_s - b_t, of_a, factor, TYPE, PRECISION)  # [BLOCK_P, BLOCK_C]
             b_g += multiply_by_matrix(b_s + b_t, of_b, factor, TYPE, PRECISION)
             if RELATION != "gram":
@@ -346,14 +349,14 @@ def gradient_kernel(
                 o_c = (c + tl.arange(0, BLOCK_C))[None, :].to(tl.int64)
                 b_a, b_b = load_difference_and_sum(
                     student, teacher, stride_sc, stride_sp, stride_tc, stride_tp, o_c, o_p, m_valid,
-                    C_s, C_t, TYPE, RELATION, FUSED, SCALE,
+                    C_s, C_t, TYPE, RELATION, FUSED, FULL, SCALE,
                 )  # fmt: skip
                 m_matrix = (o_row < C_s) & (o_c < W)
                 p_matrix = matrix + o_row * 2 * W + o_c
                 b_g += multiply_by_matrix(b_a, tl.load(p_matrix, m_matrix, 0.0), factor, TYPE, PRECISION)
                 b_g += multiply_by_matrix(b_b, tl.load(p_matrix + W, m_matrix, 0.0), factor, TYPE, PRECISION)
         p_out = out + o_out * stride_oc + o_p * stride_op
-        tl.store(p_out, b_g.to(out.dtype.element_ty), m_p & (o_out < C_s))
+        tl.store(p_out, b_g.to(out.dtype.element_ty), m_p if FULL else m_p & (o_out < C_s))
 
 
 #: Channels that a program normalises by itself.
@@ -363,6 +366,12 @@ ROWS = {"BLOCK_I": 8, "BLOCK_J": 64}
 
 def block_of(channels: int) -> int:
     return min(max(triton.next_power_of_2(channels), 16), 64)
+
+
+def blocks_are_full(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Of pixels, all of which count, and of channels."""
+    C = student.shape[1]
+    return mask is None and pixels_of(student) % 64 == 0 and block_of(C) == C == teacher.shape[1]
 
 
 def ready(
@@ -392,6 +401,7 @@ def pixel_relation(
     W, type = max(C_s, C_t), arithmetic(student, teacher)
     double = type == torch.float64
     fused, features, strides, _ = ready(student, teacher, mask, relation, type)
+    full, precision = fused and blocks_are_full(student, teacher, mask), precision_of(type, relation)
     pixels = mask.flatten(1).sum(1) if mask is not None else None
     images = {"HAS_MASK": mask is not None, "MEAN": reduction == "mean"}
 
@@ -418,11 +428,12 @@ def pixel_relation(
         RELATION=relation,
         HAS_MASK=fused and mask is not None,
         FUSED=fused,
+        FULL=full,
         BLOCK_C=BLOCK_C,
-        BLOCK_P=16 if double and not roomy() else 32,
-        PRECISION=precision_of(type, relation),
+        BLOCK_P=64 if full and precision == "fp16x3" and roomy(200) else 16 if double and not roomy() else 32,
+        PRECISION=precision,
         num_stages=AHEAD if fused or (roomy() and not double) else 2,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False,  # registers are short
     )
     adding = {"BLOCK_SLOTS": 16, "BLOCK": 128}
     add_slots_kernel[(triton.cdiv(size, 128), B)](
@@ -508,12 +519,12 @@ def pixel_relation_backward(
         RELATION=relation,
         HAS_MASK=fused and mask is not None,
         FUSED=fused,
+        FULL=fused and blocks_are_full(student, teacher, mask),
         PART=PART,
         BLOCK_C=BLOCK_C,
         BLOCK_P=(32 if double else 64) // (1 if roomy() else 2),
         PRECISION=precision,
         num_stages=stages,
-        enable_fp_fusion=False,
     )
     if rows is not None:
         return finish(written, rows, mask, relation, student)

@@ -74,7 +74,8 @@ def normalise(x, m_c, C, RELATION: tl.constexpr, AXIS: tl.constexpr, SCALE: tl.c
             x = tl.where(m_c, x, 0.0)
             x = tl.where(m_c, x - tl.expand_dims(tl.sum(x, AXIS) / count, AXIS), 0.0)
         inverse = inverse_norm(tl.sum(x * x, AXIS))
-    return x * tl.expand_dims(inverse * SCALE, AXIS), inverse
+    # rounded here: fused with a subtraction one of two equal rows would not be
+    return tl.fma(x, tl.expand_dims(inverse * SCALE, AXIS), 0.0), inverse
 
 
 @triton.jit
