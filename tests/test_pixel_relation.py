@@ -334,6 +334,30 @@ def test_pixels_and_channels_of_many_sizes(backend: str, channels: int, relation
     assert_close(gradient / unit, want_gradient / unit, 1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the blocks that its shared memory allows")
+@pytest.mark.parametrize("divergence", ["mse", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [64, 80])
+@pytest.mark.parametrize("shape", [(16, 20), (15, 17)], ids=["full blocks", "not full"])
+def test_the_blocks_of_a_gpu_with_much_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, divergence: str, dtype: torch.dtype, channels: int, shape: tuple[int, int]
+) -> None:
+    if UNAVAILABLE["triton"]:
+        pytest.skip(UNAVAILABLE["triton"])
+    from medkd_fast.kernels import pixel_relation as of_mse
+    from medkd_fast.kernels import pixel_relation_kl as of_kl
+
+    monkeypatch.setattr(of_mse, "roomy", lambda kibibytes=160: True)
+    monkeypatch.setattr(of_kl, "roomy", lambda kibibytes=160: True)
+    student, teacher = (torch.randn(1, channels, *shape).to(dtype) for _ in range(2))
+    settings = {"divergence": divergence, "temperature": 0.1}
+    with medkd_fast.use_backend("triton"):
+        got = value_and_gradient(lambda s: pixel_relation(s, teacher, **settings), student)
+    value, gradient = truth(student, teacher, **settings)
+    assert_close(got[0], value, 1e-5, "value")
+    assert_close(got[1], gradient, 1e-5 + (ROUNDING[dtype] if dtype == torch.bfloat16 else 0), "gradient")
+
+
 @pytest.mark.parametrize("size", [30, 1e4])
 def test_gram_of_large_features(backend: str, size: float) -> None:
     # logits of 10^4 or 10^9, and rows that are one-hot: their maxima, not the sums, decide. 10^4 rounds by 10^4 * 6e-8;
